@@ -1,0 +1,93 @@
+"""`voroq eval`: perplexity, and the distance to the original."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from voroq.cli import options
+from voroq.cli.console import emit, err
+
+
+def evaluate(
+    model: options.Model,
+    against: Annotated[
+        str | None, typer.Option(metavar="ORIGINAL", help="The model before quantization; adds KL and top-1 agreement.", show_default=False)
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="wikitext2 (default), books, c4, or a .txt/.jsonl/.json file; repeatable.", show_default=False),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Tokens in a window. Default: the model's, at most 2048.", show_default=False)
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Windows from each text. Default: all.", show_default=False)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Windows at once. Default: a few.", show_default=False)] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure perplexity; with --against also KL divergence and agreement with the original.
+
+    Windows do not overlap, start at the text's beginning and get no special tokens; log-softmax is in float32. KL is the mean
+    over all predictions of KL(original || MODEL), in nats per token; top1 is how often both prefer the same token.
+    With several texts, the first line of the JSON is all of them together and "texts" has each.
+
+    [bold]Examples[/]
+
+      voroq eval out --against meta-llama/Llama-3.2-1B
+
+      voroq eval out --text wikitext2 --text my-text.txt --context 2048 --windows 50 --json
+    """
+    from voroq.evaluation.texts import evaluation_text
+
+    texts = text or ["wikitext2"]
+    for name in texts:  # a wrong name should not cost the loading of a model
+        evaluation_text(name)
+    from voroq.evaluation.compare import compare
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err(), transient=True, disable=not err().is_terminal
+    ) as bar:
+        tasks: dict[str, object] = {}
+
+        def tick(name: str, count: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.advance(tasks[name], count)
+
+        comparison = compare(
+            model,
+            texts,
+            against=against,
+            context=context,
+            windows=windows,
+            batch=batch,
+            opening={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision},
+            tick=tick,
+        )
+    from voroq.pipeline.source import open_source
+    from voroq.report.inspect import inspect_folder
+
+    bits = inspect_folder(open_source(model, revision=revision).folder).bits_per_weight
+    found = {**asdict(comparison), "bits_per_weight": bits}
+    title = f"{model}: {bits:.3f} bits per weight, context {comparison.context}"
+    emit(found, as_json, Text(title), view(found))
+
+
+def view(found: dict) -> Table:
+    """One row per text."""
+    table = Table("text")
+    for column in ["perplexity", "original", "KL", "top-1", "tokens"]:
+        table.add_column(column, justify="right")
+    for row in found["texts"]:
+        other = ["-"] * 3 if row["kl"] is None else [f"{row['perplexity_against']:.4f}", f"{row['kl']:.4f}", f"{100 * row['top1']:.1f} %"]
+        table.add_row(row["text"], f"{row['perplexity']:.4f}", *other, str(row["tokens"]))
+    return table

@@ -1,0 +1,128 @@
+"""`voroq quantize`: a model in, a smaller model out."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from voroq.cli import options
+from voroq.cli.console import duration, emit, err, size
+from voroq.cli.progress import terminal_progress
+from voroq.errors import VoroqError
+
+
+class Mode(StrEnum):
+    parallel = "parallel"
+    sequential = "sequential"
+
+
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        metavar="B",
+        help="Bits per weight at most, over the linears of the blocks, everything stored counted. "
+        "Default: 2.0 for vptq, 4.25 for gptq and rtn; none if options set the rate.",
+        show_default=False,
+    ),
+]
+Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method, repeatable; see voroq methods.", show_default=False),
+]
+CalibrationSource = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="A .txt, .jsonl or .json file, calibration-mixed (bundled, the default), calibration-c4, or dataset:NAME[:CONFIG[:SPLIT]].",
+        show_default=False,
+    ),
+]
+
+
+def parse_options(pairs: list[str]) -> dict[str, str]:
+    """["key=value"] as a dict. Raises VoroqError for a pair without "=" and for a key given twice."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key or not value.strip():
+            raise VoroqError(f"--option {pair} is not KEY=VALUE: write for example --option damping=0.01")
+        if key in found:
+            raise VoroqError(f"--option {key} is given twice: give it once")
+        found[key] = value.strip()
+    return found
+
+
+def quantize(
+    model: options.Model,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write (with --resume: the unfinished one).", show_default=False)],
+    method: Annotated[str, typer.Option(metavar="vptq|gptq|rtn", help="How; see voroq methods.")] = "vptq",
+    bits: Bits = None,
+    option: Option = None,
+    calibration: CalibrationSource = None,
+    samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Windows of that text. Default: 512.", show_default=False)] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens in a window. Default: the model's, at most 2048.", show_default=False)
+    ] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential).")
+    ] = Mode.parallel,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUT, settings unchanged.")] = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Quantize MODEL into the new folder OUT.
+
+    OUT is an ordinary Hugging Face folder (config, safetensors, tokenizer, model card) plus voroq_report.json with the loss, bits
+    and seconds of every layer. Each finished block is on disk at once: after an interruption, the same command with --resume
+    goes on and ends with the same bytes.
+
+    [bold]Examples[/]
+
+      voroq quantize meta-llama/Llama-3.2-1B out --bits 2.1
+
+      voroq quantize ./my-model out --method gptq --option bits=3 --option group_size=64
+
+      voroq quantize ./my-model out --calibration my-text.jsonl --samples 256 --context 2048
+
+      voroq methods   (lists every method and its options)
+    """
+    pairs = parse_options(option or [])
+    from voroq.front import quantize_model
+    from voroq.pipeline.plan import make_plan
+
+    plan = make_plan(method, bits, pairs)
+
+    with terminal_progress(err()) as progress:
+        report = quantize_model(
+            model,
+            out,
+            plan,
+            calibration=calibration,
+            samples=samples,
+            context=context,
+            mode=mode.value,
+            device=device,
+            seed=seed,
+            resume=resume,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    emit(report, as_json, summary(report, out))
+
+
+def summary(report: dict, out: str) -> Table:
+    """What the run made, in a few lines."""
+    table = Table(show_header=False, box=None)
+    table.add_row("written to", out)
+    table.add_row("bits per weight", f"{report['bits_per_weight']:.3f}")
+    table.add_row("time", duration(report["seconds"]))
+    table.add_row("peak memory", size(report["peak_memory"]["rss"]))
+    table.add_row("measure it", f"voroq eval {out} --against {report['source']}")
+    table.add_row("try it", f'voroq generate {out} "Once"')
+    return table

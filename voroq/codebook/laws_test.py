@@ -1,0 +1,82 @@
+"""The laws of `base.Codebook`, for every codebook."""
+
+import pytest
+import torch
+
+from voroq.codebook.base import Codebook
+from voroq.codebook.grid import Grid
+from voroq.codebook.residual import Residual
+from voroq.codebook.table import Table
+
+
+def rng(value: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+def words(book: Codebook) -> torch.Tensor:
+    """Every word of a small codebook, by counting through its codes."""
+    codes = torch.cartesian_prod(*[torch.arange(2**width) for width in book.widths]).reshape(-1, len(book.widths))
+    return book.decode(codes)
+
+
+BOOKS = {
+    "table": Table(torch.randn(32, 4, generator=rng())),
+    "residual": Residual((Table(torch.randn(16, 3, generator=rng(1))), Table(0.3 * torch.randn(8, 3, generator=rng(2))))),
+    "grid": Grid(3),
+}
+
+
+@pytest.fixture(params=BOOKS, name="book")
+def _book(request) -> Codebook:
+    return BOOKS[request.param]
+
+
+def points(book: Codebook) -> torch.Tensor:
+    return 2 * torch.randn(200, book.dim, generator=rng(3)) + (2.0 if isinstance(book, Grid) else 0.0)
+
+
+def test_codes_fit_their_widths(book: Codebook):
+    codes = book.encode(points(book))
+    assert codes.shape == (200, len(book.widths))
+    for s, width in enumerate(book.widths):
+        assert codes[:, s].min() >= 0 and codes[:, s].max() < 2**width
+
+
+def test_exact_means_nearest_and_stable(book: Codebook):
+    v = points(book)
+    found = (v - book.decode(book.encode(v))).square().sum(1)
+    best = torch.cdist(v.double(), words(book).double()).square().min(1).values.float()
+    if book.exact:
+        torch.testing.assert_close(found, best, atol=1e-4, rtol=1e-4)
+        assert torch.equal(book.decode(book.encode(words(book))), words(book))
+    else:
+        assert (found > best + 1e-3).any(), "a codebook that always finds the nearest word should say so"
+
+
+def test_greedy_stages_are_nearest_given_the_ones_before():
+    book = BOOKS["residual"]
+    left, codes = points(book), book.encode(points(book))
+    for s, stage in enumerate(book.stages):
+        assert torch.equal(codes[:, s], torch.cdist(left.double(), stage.centroids.double()).argmin(1))
+        left = left - stage.centroids[codes[:, s]]
+
+
+def test_metric_changes_the_choice_as_brute_force_says():
+    book, v = BOOKS["table"], points(BOOKS["table"])
+    root = torch.randn(4, 4, generator=rng(4))
+    metric = root @ root.T + 0.1 * torch.eye(4)
+    delta = v[:, None] - book.centroids
+    assert torch.equal(book.encode(v, metric)[:, 0], torch.einsum("nkd,de,nke->nk", delta, metric, delta).argmin(1))
+
+
+def test_tensors_go_out_and_in_again(book: Codebook):
+    doubled = book.with_tensors({name: 2 * t for name, t in book.tensors().items()})
+    codes = book.encode(points(book))
+    if book.tensors():
+        torch.testing.assert_close(doubled.decode(codes), 2 * book.decode(codes))
+    assert doubled.widths == book.widths and isinstance(book, Codebook)
+
+
+def test_tables_need_a_power_of_two():
+    with pytest.raises(ValueError, match="power of two"):
+        Table(torch.zeros(3, 2))

@@ -1,0 +1,118 @@
+"""The front door: `model, tokenizer = voroq.load(folder_or_id)`.
+
+Whatever is wrong with a folder is found and named before the model computes anything: config and file headers here, tensor
+names against the model's skeleton and values after reading in `voroq.integrations.transformers`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from voroq.errors import FormatError, VoroqError
+from voroq.integrations.transformers import register
+from voroq.packed.checkpoint import Folder, specs_from_config
+from voroq.packed.hub import locate
+from voroq.packed.shards import read_json, tensors_in
+
+
+def load(
+    folder_or_id: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    dequantize: bool = False,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model (in eval mode) and tokenizer of a folder or hub id, quantized by voroq, in the VPTQ format, or not quantized.
+
+    `device`: "auto" takes the GPUs if there are any (and spreads over them), else the CPU. `dtype`: that of everything not
+    stored as integers; the checkpoint's own when None. `dequantize` gives dense linears: more memory, less time per token
+    where no kernel fits.
+
+    Raises VoroqError when there is no such model or tokenizer, FormatError naming the file or tensor that is damaged.
+    """
+    register()
+    place = _device_map(device)
+    path = locate(folder_or_id, trust_remote_code=trust_remote_code)
+    folder = check_folder(path)
+    model_class = _model_class(folder.config)
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except Exception as error:  # the tokenizers package raises nothing narrower for a damaged file
+            raise VoroqError(f"{folder_or_id} has no tokenizer that transformers can read: {_first_line(error)}") from error
+        try:
+            model = model_class.from_pretrained(path, dtype=dtype or "auto", device_map=place, trust_remote_code=trust_remote_code)
+        except VoroqError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise VoroqError(f"{folder_or_id} cannot be loaded: {_first_line(error)}") from error
+    if dequantize and folder.specs is not None:
+        model = model.dequantize()
+    return model.eval(), tokenizer
+
+
+def check_folder(path: Path) -> Folder:
+    """Config and file headers of a model folder, without reading a tensor.
+
+    Raises VoroqError for a quantization that is not ours, FormatError naming the file that is damaged.
+    """
+    if not (path / "config.json").is_file():
+        raise VoroqError(f"{path} has no config.json; give the folder of a Hugging Face model")
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return Folder(path, config, None, tensors_in(path))
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in ("vptq", "voroq"):
+        raise VoroqError(f"{path} is quantized with {method!r}; voroq loads vptq, voroq and models that are not quantized")
+    try:
+        specs = specs_from_config(quantization)
+    except FormatError as error:
+        raise FormatError(f"{path / 'config.json'}: {error}") from error
+    return Folder(path, config, specs, tensors_in(path))
+
+
+def _device_map(device: str) -> Any:
+    if device == "auto":
+        return "auto" if torch.cuda.is_available() else {"": "cpu"}
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise VoroqError(f"unknown device {device!r}: give auto, cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise VoroqError("no CUDA device was found; use device cpu, or install a torch build for your GPU")
+    return {"": device}
+
+
+def _model_class(config: dict[str, Any]) -> Any:
+    """The class that was saved, or a causal language model where transformers has no class of that name (remote code)."""
+    names = config.get("architectures") or [""]
+    found = getattr(transformers, names[0], None) if isinstance(names[0], str) and names[0].isidentifier() else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else AutoModelForCausalLM
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or load reports from transformers: what is wrong is raised, not logged."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,184 @@
+"""Loading quantized folders with transformers: `AutoModelForCausalLM.from_pretrained(folder)` after `import voroq`.
+
+transformers builds the model on the meta device and asks the quantizer to change it before weights arrive. Here every linear
+that the config names becomes a `QuantLinear`; names, dtypes and shapes in the files are compared with what those layers
+expect before anything is read, and values are checked after. For `quant_method: "vptq"` this replaces the loader that ships
+with transformers, which needs CUDA and the `vptq` package and fails on every model (it looks up a dotted name as a child).
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from voroq.errors import FormatError
+from voroq.experts import is_stacked, unstack_experts
+from voroq.integrations.compat import came_from_checkpoint, names_in_model
+from voroq.layer import QuantLinear
+from voroq.packed.base import Packed, Spec
+from voroq.packed.checkpoint import SpecTable, check_listing, check_packed, specs_from_config
+from voroq.packed.shards import TensorInfo, read_header
+
+
+class VoroqConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a folder, kept field by field as it is on disk, so that saving loses nothing."""
+
+    def __init__(self, quant_method: str, **fields: Any) -> None:
+        self.quant_method = quant_method
+        self.__dict__.update(fields)
+        self.specs()
+
+    def specs(self) -> SpecTable:
+        """Raises FormatError naming module and field for anything out of bounds."""
+        return specs_from_config(self.to_dict())
+
+
+class VoroqQuantizer(HfQuantizer):
+    """Swaps linears for `QuantLinear`s. Only for folders that are quantized already: `voroq.quantize_model` makes them."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: VoroqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.table = quantization_config.specs()
+        self.stacks: dict[str, nn.Module] = {}
+        self.listing: dict[str, TensorInfo] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+        for place, spec in _sites(model, self.table, self.stacks).items():
+            linear = model.get_submodule(place)
+            self.dtypes[place] = linear.weight.dtype
+            model.set_submodule(place, QuantLinear(spec, bias=linear.bias is not None, dtype=linear.weight.dtype, device="meta"))
+        self.listing = _listing(model, checkpoint_files or [])
+        if self.listing:
+            layers = quant_linears(model)
+            biased = {name for name, layer in layers.items() if layer.bias is not None}
+            check_listing({name: layer.spec for name, layer in layers.items()}, self.listing, biased)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        _check_all_loaded(model)
+        for name, layer in quant_linears(model).items():
+            packed = layer.packed()
+            if any(tensor.is_meta for tensor in packed.tensors.values()):  # offloaded: look at the file
+                packed = Packed(packed.spec, {local: self.listing[f"{name}.{local}"].load() for local in packed.tensors})
+            check_packed(name, packed)
+            layer.requires_grad_(False)
+            for parameter in layer.parameters():  # older releases keep the file's type for tensors that they rename
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self.dtypes[name])
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, layer in quant_linears(model).items():
+            model.set_submodule(name, layer.dequantize(dtype))
+        for name, stack in self.stacks.items():
+            model.set_submodule(name, _restack(stack, model.get_submodule(name)))
+        return model
+
+
+def register() -> None:
+    """Make transformers load both methods with us. Doing it again changes nothing."""
+    for method in ("vptq", "voroq"):
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = VoroqConfig
+        auto.AUTO_QUANTIZER_MAPPING[method] = VoroqQuantizer
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def _sites(model: nn.Module, table: SpecTable, stacks: dict[str, nn.Module]) -> dict[str, Spec]:
+    """The linears to replace and their specs. Stacked experts that `table` names are unstacked first, and kept in `stacks`.
+
+    Raises FormatError for a name that the model does not have.
+    """
+    sites: dict[str, Spec] = {}
+    for name in table.names:
+        if "." not in name and not _is_saved_class(model):
+            continue  # a head that this class of model does without
+        place = _place(model, name)
+        module = _unstacked(model, place, stacks)
+        if not isinstance(module, nn.Linear):
+            found = "has none" if module is None else f"has a {type(module).__name__}"
+            raise FormatError(f"the quantization config names a linear {name}, where the model ({type(model).__name__}) {found}")
+        sites[place] = table.lookup(name, tuple(module.weight.shape))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in sites and table.lookup(name) is not None:
+            sites[name] = table.lookup(name, tuple(module.weight.shape))
+    return sites
+
+
+def _is_saved_class(model: nn.Module) -> bool:
+    """Whether `model` is of the class that was saved, so that it should be complete."""
+    return type(model).__name__ in (model.config.architectures or [])
+
+
+def _place(model: nn.Module, name: str) -> str:
+    """`name` in `model`, which may be the base model of the one that was saved, or the other way round."""
+    prefix = f"{model.base_model_prefix}."
+    places = [name, prefix + name, name.removeprefix(prefix)]
+    return next((place for place in places if _get(model, place.split(".", 1)[0]) is not None), name)
+
+
+def _unstacked(model: nn.Module, place: str, stacks: dict[str, nn.Module]) -> nn.Module | None:
+    """The module at `place`, after unstacking the experts that it is one of."""
+    parts = place.split(".")
+    if _get(model, place) is None:
+        above = next((".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1) if _get(model, ".".join(parts[:cut]))), "")
+        with torch.device("cpu"):  # loading happens under the meta device, telling a stack takes a small computation
+            if above and is_stacked(model.get_submodule(above)):
+                stacks[above] = model.get_submodule(above)
+                model.set_submodule(above, unstack_experts(stacks[above]))
+    return _get(model, place)
+
+
+def _get(model: nn.Module, place: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(place)
+    except AttributeError:
+        return None
+
+
+def _listing(model: nn.Module, files: list[str]) -> dict[str, TensorInfo]:
+    """The tensors in `files` by their name in `model`. Raises FormatError for files that are damaged or no safetensors."""
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise FormatError(f"{file}: only safetensors files are read; convert the model first")
+        infos |= read_header(Path(file))
+    return {place: infos[name] for name, place in names_in_model(model, infos).items()}
+
+
+def _check_all_loaded(model: nn.Module) -> None:
+    """Every parameter came from the files; only a model of another class than the saved one may have a new, untrained head."""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
+    whole, quantized = _is_saved_class(model), tuple(f"{name}." for name in quant_linears(model))
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or came_from_checkpoint(parameter) or any(pattern.search(name) for pattern in ignored):
+            continue
+        if whole or name.startswith(quantized):
+            raise FormatError(f"tensor {name} is missing from the model's files; re-download the model, or quantize again")
+
+
+def _restack(stack: nn.Module, experts: nn.Module) -> nn.Module:
+    """`stack` (on meta) filled with the dense linears of `experts`."""
+    children = [experts.get_submodule(str(index)) for index in range(experts.num_experts)]
+    for name in ("gate_up_proj", "down_proj"):
+        weight = torch.stack([child.get_submodule(name).weight.detach() for child in children])
+        setattr(stack, name, nn.Parameter(weight))
+    return stack
+
+
+register()

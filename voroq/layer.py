@@ -1,0 +1,87 @@
+"""A linear whose weight stays packed.
+
+The parameters have exactly the names, shapes and dtypes of the spec's layout, so that a checkpoint loads without conversion.
+Integers cannot be trained and the tables are not (yet): nothing here requires a gradient, but gradients flow through to `x`.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from voroq.kernels import matmul
+from voroq.packed.base import Packed, Spec
+from voroq.packed.format import bits_per_weight, unpack
+
+
+class Holder(nn.Module):
+    """A namespace for one parameter, `weight`, whose stored name has a dot (`centroids.weight`).
+
+    It is read by calling: hooks that bring offloaded weights to the device (accelerate) run on calls.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class QuantLinear(nn.Module):
+    """Stands in for an `nn.Linear`. Real tensors have `dtype`; uninitialised, to be filled by a loader or `holding`."""
+
+    def __init__(self, spec: Spec, *, bias: bool, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.out_features, self.in_features = spec.shape
+        for stored in spec.layout():
+            empty = torch.empty(stored.shape, dtype=dtype if stored.real else stored.dtypes[0], device=device)
+            self._put(stored.name, empty)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device), requires_grad=False)
+
+    @staticmethod
+    def holding(packed: Packed, bias: Float[Tensor, "out"] | None = None) -> "QuantLinear":
+        """A layer that shares the tensors of `packed`."""
+        layer = QuantLinear(packed.spec, bias=bias is not None, dtype=torch.float32, device="meta")
+        for name, tensor in packed.tensors.items():
+            layer._put(name, tensor)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    def packed(self) -> Packed:
+        """The layer's tensors with their spec, not copied."""
+        return Packed(self.spec, {stored.name: self._get(stored.name) for stored in self.spec.layout()})
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        y = matmul(x, self.packed())
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The dense linear that computes the same, in `dtype` (that of the tables and scales when None)."""
+        packed = self.packed()
+        dtype = dtype or next((packed.tensors[s.name].dtype for s in self.spec.layout() if s.real), torch.float32)
+        weight = unpack(packed).dequantize().to(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+        return linear
+
+    def extra_repr(self) -> str:
+        sides = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sides}, layout={self.spec.method}, bits_per_weight={bits_per_weight(self.packed()):.3f}"
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        head, _, leaf = name.rpartition(".")
+        if head:
+            self.add_module(head, Holder(parameter))
+        else:
+            self.register_parameter(leaf, parameter)
+
+    def _get(self, name: str) -> Tensor:
+        head, _, leaf = name.rpartition(".")
+        return self.get_submodule(head)() if head else self.get_parameter(leaf)

@@ -1,0 +1,10 @@
+"""One paper, one file. `METHODS` is the list of names the command line knows; any callable `Method` will do in Python."""
+
+from voroq.methods.base import Method
+from voroq.methods.gptq import GPTQ
+from voroq.methods.rtn import RTN
+from voroq.methods.vptq import VPTQ
+
+METHODS: dict[str, type] = {"vptq": VPTQ, "gptq": GPTQ, "rtn": RTN}
+
+__all__ = ["GPTQ", "METHODS", "RTN", "VPTQ", "Method"]

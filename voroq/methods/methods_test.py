@@ -1,0 +1,169 @@
+"""Every option of every method changes a result, and the methods do what their papers say."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from voroq.codebook.residual import Residual
+from voroq.errors import VoroqError
+from voroq.methods import GPTQ, METHODS, RTN, VPTQ, Method
+from voroq.methods.vptq import absorb, column_statistics
+from voroq.moments import Moments, observe
+from voroq.numerics.linalg import proxy_loss, relative_proxy_loss
+from voroq.quantized import Quantized
+from voroq.transform.affine import ColumnAffine
+from voroq.transform.chain import Chain
+from voroq.transform.permute import Permute
+
+OUT, IN = 48, 64
+
+
+def rng(value: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+def problem() -> tuple[torch.Tensor, Moments]:
+    """Correlated inputs whose scales differ, as in real layers."""
+    x = torch.randn(400, IN, generator=rng()) @ torch.randn(IN, IN, generator=rng(1)) * torch.exp(torch.randn(IN, generator=rng(2)))
+    return torch.randn(OUT, IN, generator=rng(3)) + 0.3 * torch.randn(IN, generator=rng(4)), observe(Moments.empty(IN), x)
+
+
+def run(method: Method) -> Quantized:
+    return method(*problem(), rng())
+
+
+def loss(q: Quantized) -> float:
+    w, moments = problem()
+    return relative_proxy_loss(w, q.dequantize(), moments.hessian())
+
+
+BASE = {
+    "vptq": VPTQ(vector_length=2, table_bits=4, outlier_table_bits=4, outlier_vector_length=2, kmeans_steps=5, rounds=1),
+    "gptq": GPTQ(bits=3, group_size=16),
+    "rtn": RTN(bits=3, group_size=16),
+}
+OTHER = {
+    "vptq": dict(
+        vector_length=4, table_bits=5, residual_bits=2, groups=2, outlier_percent=5.0, outlier_vector_length=4, outlier_table_bits=3,
+        normalize="std", permute=False, damping=0.5, kmeans_steps=1, rounds=0,
+    ),
+    "gptq": dict(bits=2, group_size=None, act_order=False, grid="minmax", damping=0.5),
+    "rtn": dict(bits=2, group_size=None, grid="mse"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, option", [(name, field.name) for name, kind in METHODS.items() for field in fields(kind)])
+def test_every_option_changes_the_result(name: str, option: str):
+    base = replace(BASE[name], outlier_percent=5.0) if option.startswith("outlier_") and option != "outlier_percent" else BASE[name]
+    changed = replace(base, **{option: OTHER[name][option]})
+    assert not torch.equal(run(base).dequantize(), run(changed).dequantize())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_generator_same_bits(name: str):
+    a, b = run(BASE[name]), run(BASE[name])
+    assert all(torch.equal(x, y) for x, y in zip(a.codes, b.codes, strict=True)) and torch.equal(a.dequantize(), b.dequantize())
+
+
+def test_methods_are_ordered_as_the_field_knows_them():
+    assert loss(run(BASE["gptq"])) < loss(run(BASE["rtn"]))
+    assert loss(run(replace(BASE["vptq"], residual_bits=2))) < loss(run(BASE["vptq"]))
+    assert loss(run(BASE["vptq"])) < loss(run(replace(BASE["vptq"], rounds=0)))
+
+
+def test_act_order_is_natural_order_on_permuted_columns():
+    w, moments = problem()
+    q = run(BASE["gptq"])
+    perm = q.transform.steps[0].perm
+    assert torch.equal(perm, torch.argsort(moments.second.diagonal(), descending=True, stable=True))
+    permuted = Moments(moments.second[perm][:, perm], moments.first[perm], moments.count)
+    natural = replace(BASE["gptq"], act_order=False)(w[:, perm], permuted, rng())
+    torch.testing.assert_close(natural.dequantize(), q.dequantize()[:, perm])
+
+
+def test_absorbed_permutation_is_lossless():
+    w, moments = problem()
+    method = BASE["vptq"]
+    q = method(w, moments, rng())
+    assert q.transform == Chain()
+    kept = Quantized((OUT, IN), Chain((Permute(torch.randperm(IN, generator=rng(5))),)), q.bands, q.codes)
+    assert torch.equal(absorb(kept).dequantize(), kept.dequantize())
+
+
+def test_permutation_is_kept_where_it_cannot_be_absorbed():
+    for method in (replace(BASE["vptq"], groups=2), replace(BASE["vptq"], outlier_percent=5.0)):
+        assert isinstance(run(method).transform.steps[-1], Permute)
+
+
+def test_outliers_are_the_largest_activations_and_cost_less():
+    _w, moments = problem()
+    q = run(replace(BASE["vptq"], outlier_percent=6.0))
+    columns = q.bands[0].stop
+    assert columns == 4
+    assert set(q.transform.steps[-1].perm[:columns].tolist()) == set(moments.second.diagonal().topk(columns).indices.tolist())
+
+
+def test_groups_have_tables_of_their_own():
+    q = run(replace(BASE["vptq"], groups=4))
+    assert [band.stop - band.start for band in q.bands] == [16] * 4
+    assert not torch.equal(q.bands[0].codebook.centroids, q.bands[1].codebook.centroids)
+
+
+def test_outlier_columns_absorb_what_groups_leave_over():
+    method = VPTQ(groups=3, outlier_percent=1.0)
+    outliers, edges = method.columns(64)
+    assert (outliers, edges) == (1, [1, 22, 43, 64])
+
+
+def test_residual_belongs_to_the_main_columns_only():
+    q = run(replace(BASE["vptq"], outlier_percent=5.0, residual_bits=2))
+    assert [isinstance(band.codebook, Residual) for band in q.bands] == [False, True]
+
+
+def test_normalisation_rescales_the_hessian():
+    """The loss seen inside is the loss outside; the reference's un-rescaled Hessian breaks just this."""
+    w, moments = problem()
+    affine, h, error = column_statistics(w), moments.hessian(), torch.randn(OUT, IN, generator=rng(6))
+    torch.testing.assert_close(proxy_loss(error * affine.scale, h), proxy_loss(error, affine.hessian(h)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(affine.weight(w).mean(0), torch.zeros(IN), atol=1e-5, rtol=0)
+    assert isinstance(run(replace(BASE["vptq"], normalize="std")).transform.steps[0], ColumnAffine)
+
+
+def test_constant_columns_survive_normalisation():
+    w, moments = problem()
+    w[:, 5] = 0.25
+    q = replace(BASE["vptq"], normalize="std")(w, moments, rng())
+    assert torch.isfinite(q.dequantize()).all()
+
+
+def test_padding_rows_are_dropped():
+    w, moments = problem()
+    assert replace(BASE["vptq"], vector_length=5)(w[:47], moments, rng()).dequantize().shape == (47, IN)
+
+
+def test_grid_range_contains_zero_and_reaches_the_ends():
+    w = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    q = RTN(bits=8, group_size=None)(w, Moments.empty(3), rng())
+    torch.testing.assert_close(q.dequantize(), w, atol=0.01, rtol=0)
+    assert q.dequantize()[2].abs().max() == 0
+
+
+@pytest.mark.parametrize("make", [
+    lambda: VPTQ(vector_length=0), lambda: VPTQ(table_bits=17), lambda: VPTQ(residual_bits=13), lambda: VPTQ(normalize="minmax"),
+    lambda: VPTQ(damping=-0.1), lambda: GPTQ(bits=9), lambda: GPTQ(group_size=0), lambda: GPTQ(grid="best"), lambda: RTN(bits=0),
+    lambda: run(VPTQ(groups=100)),
+])  # fmt: skip
+def test_options_out_of_range_are_refused_with_the_range(make):
+    with pytest.raises(VoroqError, match=r"out of range; |unknown; choose|do not fit"):
+        make()
+
+
+def test_dead_columns_are_reported_and_keep_a_value():
+    w, moments = problem()
+    second = moments.second.clone()
+    second[7] = 0
+    second[:, 7] = 0
+    q = BASE["gptq"](w, Moments(second, moments.first, moments.count), rng())
+    assert "1 of 64 input columns never moved" in q.notes[0]
+    assert torch.isfinite(q.dequantize()).all() and (q.dequantize()[:, 7] - w[:, 7]).abs().mean() < w[:, 7].abs().mean()

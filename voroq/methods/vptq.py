@@ -1,0 +1,175 @@
+"""VPTQ: vectors down the output dimension, lookup tables, second-order feedback (Liu et al. 2024, arXiv 2409.17066).
+
+    1. optional column scale and shift; the Hessian follows them (the reference's does not, and pays for it)
+    2. columns by falling diag(H); the first few percent may be outliers with a finer table of their own
+    3. tables by k-means weighted with diag(H), per group of columns; a second, residual table on what is left
+    4. sweep: column by column, nearest centroids, error fed forward
+    5. rounds: refit all tables to the proxy loss by least squares, sweep again, keep what lowers the loss
+    6. absorb the permutation into the order of the codes where the format can say so (one group, no outliers)
+
+Step 5 is not in the reference, which never touches its tables after k-means. Results stay inside its checkpoint format.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from voroq.codebook.base import Codebook
+from voroq.codebook.residual import Residual
+from voroq.codebook.table import Table
+from voroq.errors import VoroqError
+from voroq.methods.gptq import activation_order, check_damping
+from voroq.moments import Moments
+from voroq.numerics.kmeans import kmeans
+from voroq.numerics.linalg import damped
+from voroq.quantized import Band, Quantized, Tile
+from voroq.rounding.feedback import Rounded, feedback
+from voroq.shapes import Matrix, Square
+from voroq.transform.affine import ColumnAffine
+from voroq.transform.chain import Chain
+from voroq.transform.permute import Permute
+from voroq.tuning.centroids import refit
+
+
+@dataclass(frozen=True)
+class VPTQ:
+    """Vector quantization with error feedback, in the official VPTQ checkpoint format."""
+
+    vector_length: int = 6
+    """weights per vector, down the output dimension"""
+    table_bits: int = 12
+    """log2 of the centroids per table, 1 to 16"""
+    residual_bits: int = 0
+    """log2 of the centroids of the residual table, at most table_bits; 0 = none"""
+    groups: int = 1
+    """tables per matrix, one per group of input columns"""
+    outlier_percent: float = 0.0
+    """percentage of input columns, the ones with the largest activations, written with a table of their own"""
+    outlier_vector_length: int = 4
+    """weights per vector in outlier columns"""
+    outlier_table_bits: int = 12
+    """log2 of the centroids of the outlier table"""
+    normalize: str = "none"
+    """column scale and shift before the tables: none, or std (zero mean and unit deviation)"""
+    permute: bool = True
+    """sweep the columns with the largest activations first"""
+    damping: float = 0.01
+    """added to the Hessian's diagonal, relative to its mean"""
+    kmeans_steps: int = 20
+    """Lloyd iterations at most, per table"""
+    rounds: int = 1
+    """times the tables are refitted to the proxy loss and the matrix swept again"""
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "vector_length": (1, 64), "table_bits": (1, 16), "residual_bits": (0, self.table_bits), "groups": (1, 4096),
+            "outlier_percent": (0, 50), "outlier_vector_length": (2, 64), "outlier_table_bits": (1, 16),
+            "kmeans_steps": (1, 1000), "rounds": (0, 100),
+        }  # fmt: skip
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise VoroqError(f"{name}={getattr(self, name):g} is out of range; give {low} to {high}")
+        if self.normalize not in ("none", "std"):
+            raise VoroqError(f"normalize={self.normalize!r} is unknown; choose none or std")
+        check_damping(self.damping)
+
+    def __call__(self, w: Matrix, moments: Moments, rng: torch.Generator) -> Quantized:
+        h, notes = damped(moments.hessian(), self.damping)
+        affine = (column_statistics(w),) if self.normalize == "std" else ()
+        order = (Permute(activation_order(h)),) if self.permute else ()
+        transform = Chain((*affine, *order))
+        w_stored, h_stored = transform.weight(w), transform.hessian(h)
+        done = self._sweeps(w_stored, h_stored, rng)
+        out = Quantized((w.shape[0], w.shape[1]), transform, done.bands, done.codes, notes)
+        return absorb(out) if self.permute else out
+
+    def _sweeps(self, w: Matrix, h: Square, rng: torch.Generator) -> Rounded:
+        bands = self._fit(w, h, rng)
+        best = feedback(w, h, bands)
+        if self.residual_bits:
+            best = feedback(w, h, self._with_residuals(best, h, rng))
+        if not self.rounds:
+            return best
+        bands = refit(w, h, best.bands, best.codes)
+        for _ in range(self.rounds):
+            tried = feedback(w, h, bands)
+            if tried.loss.sum() >= best.loss.sum():
+                break
+            best, bands = tried, refit(w, h, tried.bands, tried.codes)
+        return Rounded(bands, best.codes, best.loss, best.targets)
+
+    def stored_bits(self, shape: tuple[int, int], float_bits: int = 16) -> int:
+        """Bits the official format stores for a matrix of `shape` (out, in): codes, tables, scale and shift, permutation."""
+        out, width = shape
+        outliers, edges = self.columns(width)
+        rows, words = -(-out // self.vector_length), -(-(edges[1] - edges[0]) * (self.table_bits + self.residual_bits) // 32)
+        bits = self.groups * rows * words * 32
+        bits += self.groups * self.vector_length * (2**self.table_bits + (2**self.residual_bits if self.residual_bits else 0)) * float_bits
+        if outliers:
+            bits += 16 * outliers * -(-out // self.outlier_vector_length)
+            bits += self.outlier_vector_length * 2**self.outlier_table_bits * float_bits
+        if self.normalize != "none":
+            bits += 2 * float_bits * width
+        if self.permute and (outliers or self.groups > 1):
+            bits += 16 * width
+        return bits
+
+    def columns(self, width: int) -> tuple[int, list[int]]:
+        """Outlier columns, and the edges of the groups behind them, in a matrix `width` columns wide."""
+        outliers = -(-width * self.outlier_percent // 100)
+        outliers = int(outliers + (width - outliers) % self.groups)
+        each = (width - outliers) // self.groups
+        if each == 0:
+            raise VoroqError(f"{self.groups} groups do not fit into {width} columns; give fewer groups")
+        return outliers, [outliers + each * g for g in range(self.groups + 1)]
+
+    def _fit(self, w: Matrix, h: Square, rng: torch.Generator) -> list[Band]:
+        outliers, edges = self.columns(w.shape[1])
+        bands = []
+        if outliers:
+            tile = Tile(self.outlier_vector_length, 1)
+            bands.append(Band(0, outliers, tile, self._table(w, h, 0, outliers, tile, self.outlier_table_bits, rng)))
+        tile = Tile(self.vector_length, 1)
+        for start, stop in itertools.pairwise(edges):
+            bands.append(Band(start, stop, tile, self._table(w, h, start, stop, tile, self.table_bits, rng)))
+        return bands
+
+    def _table(self, w: Matrix, h: Square, start: int, stop: int, tile: Tile, bits: int, rng: torch.Generator) -> Table:
+        points = tile.cut(w[:, start:stop])
+        return Table(kmeans(points, _importance(h, start, stop, points), 2**bits, rng, steps=self.kmeans_steps))
+
+    def _with_residuals(self, done: Rounded, h: Square, rng: torch.Generator) -> list[Band]:
+        """The same bands with a residual table trained on what the first sweep left of its targets."""
+        outliers, _ = self.columns(h.shape[0])
+        out = []
+        for band, codes in zip(done.bands, done.codes, strict=True):
+            left = done.targets[:, band.start : band.stop] - band.decode(codes, done.targets.shape[0])
+            book: Codebook = band.codebook
+            if band.start >= outliers:
+                points = band.tile.cut(left)
+                importance = _importance(h, band.start, band.stop, points)
+                book = Residual((book, Table(kmeans(points, importance, 2**self.residual_bits, rng, steps=self.kmeans_steps))))
+            out.append(replace(band, codebook=book))
+        return out
+
+
+def _importance(h: Square, start: int, stop: int, points: Float[Tensor, "n dim"]) -> Float[Tensor, "n"]:
+    """diag(H) of the column each vector stands in."""
+    return h.diagonal()[start:stop].repeat(points.shape[0] // (stop - start))
+
+
+def column_statistics(w: Matrix) -> ColumnAffine:
+    """Mean and standard deviation of every input column; a constant column keeps scale 1."""
+    scale = w.std(0, correction=0)
+    return ColumnAffine(torch.where(scale > 1e-8, scale, torch.ones_like(scale)), w.mean(0))
+
+
+def absorb(q: Quantized) -> Quantized:
+    """`q` without its permutation, the codes reordered instead: lossless, and legal where one band covers all columns."""
+    *before, last = q.transform.steps
+    if not isinstance(last, Permute) or len(q.bands) != 1 or q.bands[0].tile.cols != 1:
+        return q
+    return replace(q, transform=Chain(tuple(before)), codes=(q.codes[0][:, last.inverse],))

@@ -1,0 +1,38 @@
+"""Exact nearest-centroid search.
+
+argmin_c |v - c|^2 = argmax_c (v.c - |c|^2 / 2), one matrix product with the norms as its bias. Where the table is large
+the argmax is taken in two steps, over blocks and inside the winning block, because a blockwise maximum vectorises and an
+argmax does not: 2-3 times faster on a CPU than `torch.cdist` or a plain argmin.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from voroq.shapes import Vectors
+
+CHUNK = 1 << 21
+"""Scores held at once (8 MB of float32): small enough for the last cache level, large enough for the matrix product."""
+
+
+def nearest(v: Vectors, table: Float[Tensor, "k dim"], metric: Float[Tensor, "dim dim"] | None = None) -> Int[Tensor, "n"]:
+    """Index of the centroid nearest to each of `v` [n dim] in the metric (v - c) M (v - c)^T; Euclidean when None."""
+    if metric is not None:
+        root = torch.linalg.cholesky(metric)
+        v, table = v @ root, table @ root
+    k = table.shape[0]
+    bias = -0.5 * table.square().sum(1)
+    chunk = max(1, CHUNK // k)
+    block = 64 if k >= 1024 and k % 64 == 0 else k
+    if v.shape[0] <= chunk:
+        return _argmax(torch.addmm(bias, v, table.T), block)
+    return torch.cat([_argmax(torch.addmm(bias, part, table.T), block) for part in v.split(chunk)])
+
+
+def _argmax(scores: Float[Tensor, "n k"], block: int) -> Int[Tensor, "n"]:
+    if block == scores.shape[1]:
+        return scores.max(1).indices
+    blocks = scores.unflatten(1, (-1, block))
+    best = blocks.amax(2).argmax(1)
+    rows = torch.arange(scores.shape[0], device=scores.device)
+    return best * block + blocks[rows, best].argmax(1)

@@ -1,0 +1,121 @@
+"""What is in a folder's safetensors files, read from their headers alone and checked against the files' sizes.
+
+A header is 8 bytes of length, then JSON: name -> dtype, shape, byte range. A file is refused unless the ranges are as long as
+the shapes say, lie end to end, and end where the file ends; so a truncated download is found without reading a tensor.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from voroq.errors import FormatError, VoroqError
+from voroq.packed.files import DTYPES
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAX_HEADER = 100 << 20
+_REPAIR = "re-download it, or quantize again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; `size` in bytes."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    size: int
+
+    def load(self) -> Tensor:
+        try:
+            with safe_open(self.file, framework="pt") as shard:
+                return shard.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{self.file}: cannot read tensor {self.name} ({error}); {_REPAIR}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FormatError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not readable as JSON ({error}); {_REPAIR}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: an object is needed, got {type(value).__name__}; {_REPAIR}")
+    return value
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: the index's, or the single one. Raises VoroqError when there are none."""
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise VoroqError(f"{folder} holds neither {SINGLE} nor {INDEX}; a model folder with safetensors weights is needed")
+        return [folder / SINGLE]
+    files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+    for file in files:
+        if not file.exists():
+            raise FormatError(f"{file} is missing, though {INDEX} names it; {_REPAIR}")
+    return files
+
+
+def tensors_in(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a model folder by name. Raises FormatError naming the damaged file, or a tensor that the index promises in vain."""
+    found: dict[str, TensorInfo] = {}
+    for file in shard_files(folder):
+        for name, info in read_header(file).items():
+            if name in found:
+                raise FormatError(f"tensor {name} is in both {found[name].file.name} and {file}; {_REPAIR}")
+            found[name] = info
+    index = folder / INDEX
+    for name, file_name in _weight_map(index).items() if index.exists() else ():
+        if name not in found or found[name].file.name != file_name:
+            raise FormatError(f"{folder / file_name}: tensor {name} is missing, though {INDEX} names it; {_REPAIR}")
+    return found
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. Raises FormatError unless header and file size agree to the byte."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise FormatError(f"{path} is truncated or no safetensors file; {_REPAIR}")
+        header = file.read(length)
+    try:
+        table = json.loads(header)
+        infos = [(_info(name, path, entry), entry["data_offsets"]) for name, entry in table.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path}: damaged safetensors header ({error!r:.80}); {_REPAIR}") from error
+    at = 0
+    for info, (start, stop) in sorted(infos, key=lambda pair: tuple(pair[1])):
+        if start != at or stop - start != info.size:
+            raise FormatError(f"{path}: tensor {info.name} has bytes {start} to {stop}, {info.size} from {at} are needed; {_REPAIR}")
+        at = stop
+    if at != size - 8 - length:
+        raise FormatError(f"{path} is truncated: its tensors need {at + 8 + length} bytes, it has {size}; {_REPAIR}")
+    return {info.name: info for info, _ in infos}
+
+
+def _info(name: str, path: Path, entry: dict[str, Any]) -> TensorInfo:
+    shape = tuple(entry["shape"])
+    if any(type(n) is not int or n < 0 for n in (*shape, *entry["data_offsets"])):
+        raise ValueError(f"shape or offsets of {name}")
+    dtype = DTYPES[entry["dtype"]]
+    return TensorInfo(name, path, dtype, shape, prod(shape) * dtype.itemsize)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: weight_map must be an object naming a file for each tensor; {_REPAIR}")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise FormatError(f"{index}: {file!r:.80} is not the name of a safetensors file beside it")
+    return weight_map

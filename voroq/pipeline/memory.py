@@ -1,0 +1,36 @@
+"""How much memory a process has taken at most, where the operating system says so."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Bytes: {"rss": peak resident set of this process since its start, "cuda": peak allocated on all GPUs together}.
+
+    None where that is not known (rss on Windows, cuda without a GPU). The resident set counts imported libraries too.
+    """
+    return {"rss": _resident(), "cuda": _cuda()}
+
+
+def _resident() -> int | None:
+    # Linux: getrusage inherits the peak of the process that started this one, /proc does not
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes
+
+
+def _cuda() -> int | None:
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))

@@ -1,0 +1,180 @@
+"""The output folder of a run: what is done, what is not, and how it becomes an ordinary Hugging Face folder.
+
+    voroq_run/settings.json      the fingerprint of the run; the folder exists while the run is unfinished
+    voroq_run/block-00003.json   block 3 is done: its shard, the shard's sha256, specs and report rows of its sites
+    model-00001-of-00007.safetensors   everything outside the blocks; 00002... one shard per block
+
+Every file is written under a temporary name and renamed. A block counts as done if its journal entry exists and its shard hashes to
+what the entry says, so a kill at any moment loses at most the block at hand. config.json comes after all shards, the report last.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from voroq.errors import VoroqError
+from voroq.packed.base import Packed, Spec
+from voroq.packed.checkpoint import quantization_config
+from voroq.packed.files import Entry, sha256_of, write_json, write_safetensors
+from voroq.packed.shards import read_header
+from voroq.pipeline.source import Source
+
+REPORT = "voroq_report.json"
+JOURNAL = "voroq_run"
+COMPANIONS = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "*.model",
+              "chat_template*", "spiece*", "LICENSE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
+"""Files that are copied from the original as they are."""
+
+
+class Output:
+    """One run's folder. Raises VoroqError from the start where `folder` cannot be what the run needs."""
+
+    def __init__(self, folder: Path, blocks: int, settings: dict[str, Any], *, resume: bool) -> None:
+        self.folder = folder
+        self.blocks = blocks
+        self.settings = settings
+        self.report = self._finished(resume)
+        if self.report is None:
+            self._claim(resume)
+
+    def _finished(self, resume: bool) -> dict[str, Any] | None:
+        """The report of the finished run in the folder, if it is this run and resuming it was asked for."""
+        path = self.folder / REPORT
+        if not path.is_file():
+            return None
+        if not resume:
+            raise VoroqError(f"{self.folder} already holds a finished voroq model; choose another OUT, or delete the folder")
+        report = _read(path)
+        self._compare(path, report and report.get("settings"))
+        for name, digest in report.get("shards", {}).items():
+            if not (self.folder / name).is_file() or sha256_of(self.folder / name) != digest:
+                raise VoroqError(f"{self.folder / name} was changed after the run; delete the folder and quantize again")
+        # The report is the last file to appear: with it the run is finished, even if a kill left some of the journal behind.
+        shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
+        return report
+
+    def _claim(self, resume: bool) -> None:
+        journal = self.folder / JOURNAL / "settings.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise VoroqError(f"{self.folder} is a file; choose a new folder for OUT")
+        if journal.is_file():
+            if not resume:
+                raise VoroqError(f"{self.folder} holds an unfinished run; continue it with --resume, or choose another OUT")
+            self._compare(journal, _read(journal))
+        elif self.folder.is_dir() and any(path.name != JOURNAL for path in self.folder.iterdir()):
+            raise VoroqError(f"{self.folder} exists and is not a voroq run; choose a new folder for OUT")
+        else:
+            try:
+                (self.folder / JOURNAL).mkdir(parents=True, exist_ok=True)
+                write_json(journal, self.settings)
+            except OSError as error:
+                raise VoroqError(f"cannot write to {self.folder}: {error.strerror}; choose another OUT") from error
+
+    def _compare(self, path: Path, earlier: Any) -> None:
+        if not isinstance(earlier, dict):
+            raise VoroqError(f"{path} is damaged, so the run cannot be resumed; choose another OUT, or delete the folder")
+        found = _difference(earlier, self.settings)
+        if found is not None:
+            key, was, now = found
+            raise VoroqError(
+                f"cannot resume {self.folder}: {key} was {was} when the run was started and is {now} now; "
+                f"give the same settings, or choose another OUT"
+            )
+
+    # ---- shards -----------------------------------------------------------------------------------------------------
+
+    def shard(self, index: int | None) -> Path:
+        """The shard of block `index`, or the one of everything else for None."""
+        number = 1 if index is None else index + 2
+        return self.folder / f"model-{number:05d}-of-{self.blocks + 1:05d}.safetensors"
+
+    def entry(self, index: int | None) -> dict[str, Any] | None:
+        """The journal's entry of a block whose shard is whole, else None."""
+        path = self._entry_path(index)
+        if not path.is_file() or not self.shard(index).is_file():
+            return None
+        entry = _read(path)
+        return entry if entry and sha256_of(self.shard(index)) == entry.get("sha256") else None
+
+    def write(
+        self, index: int | None, source: Source, verbatim: Sequence[str], sites: Mapping[str, Packed], body: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write a shard, `verbatim` tensors copied from `source` and the sites' packed ones, then its journal entry; return that."""
+        entries = [Entry(name, source.tensors[name].dtype, source.tensors[name].shape, _loader(source, name)) for name in verbatim]
+        for site, packed in sites.items():
+            entries += [Entry.of(f"{site}.{name}", tensor.contiguous()) for name, tensor in packed.tensors.items()]
+        try:
+            digest = write_safetensors(self.shard(index), entries, {"format": "pt"})
+            entry = {"file": self.shard(index).name, "sha256": digest, "verbatim": list(verbatim), **body}
+            write_json(self._entry_path(index), entry)
+        except OSError as error:
+            raise _unwritten(self.shard(index), error) from error
+        return entry
+
+    def _entry_path(self, index: int | None) -> Path:
+        return self.folder / JOURNAL / ("outer.json" if index is None else f"block-{index:05d}.json")
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def finish(self, source: Source, specs: Mapping[str, Spec], layout: str, biased: frozenset[str], report: dict[str, Any]) -> None:
+        """Index, companions, config and report; then the journal goes. Doing it twice gives the same files."""
+        try:
+            self._finish(source, quantization_config(layout, specs, biased), report)
+        except OSError as error:
+            raise _unwritten(self.folder, error) from error
+
+    def _finish(self, source: Source, quantization: dict[str, Any], report: dict[str, Any]) -> None:
+        shards = [self.shard(index) for index in (None, *range(self.blocks))]
+        found = [(name, info) for shard in shards for name, info in read_header(shard).items()]
+        index = {
+            "metadata": {"total_size": sum(info.size for _, info in found)},
+            "weight_map": {name: Path(info.file).name for name, info in sorted(found, key=lambda pair: pair[0])},
+        }
+        write_json(self.folder / "model.safetensors.index.json", index)
+        for pattern in (*COMPANIONS, *(("*.py",) if source.trust_remote_code else ())):
+            for path in sorted(source.folder.glob(pattern)):
+                if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
+                    shutil.copyfile(path, self.folder / path.name)
+        write_json(self.folder / "config.json", {**source.config, "quantization_config": quantization})
+        write_json(self.folder / REPORT, report)
+        shutil.rmtree(self.folder / JOURNAL)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None where it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _difference(earlier: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting that differs: its name, what it was and what it is."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        parts = ((f"{key}[{name}]" if key else name, earlier.get(name), now.get(name)) for name in {**now, **earlier})
+        return next((found for name, a, b in parts if (found := _difference(a, b, name))), None)
+    return None if earlier == now else (key, earlier, now)
+
+
+def _unwritten(path: Path, error: OSError) -> VoroqError:
+    return VoroqError(f"cannot write {path}: {error.strerror}; free some space and continue with --resume")
+
+
+def _loader(source: Source, name: str) -> Callable[[], Tensor]:
+    return lambda: source.tensor(name)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise VoroqError unless the disk of `folder` has room for what of `needed` bytes an interrupted run has not written yet."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    needed -= sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise VoroqError(
+            f"{folder} needs about {needed / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free; free some space or choose another OUT"
+        )

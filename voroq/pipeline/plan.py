@@ -1,0 +1,209 @@
+"""Which method for which site.
+
+A `Plan` is a default and rules by name. A `Budget` becomes a plan once the sites are known: it picks, per site, settings from a
+menu so that everything stored ends at or below the bits asked for. Its yardstick is the distortion a Gaussian suffers at the
+menu's settings; sensitivities of sites are not in it.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any, get_args, get_type_hints
+
+from voroq.errors import VoroqError
+from voroq.methods import GPTQ, METHODS, RTN, VPTQ, Method
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`default` for every site, except where the glob of a rule matches its name; the first match wins. None leaves a site alone."""
+
+    default: Method | None
+    rules: tuple[tuple[str, Method | None], ...] = ()
+
+    def method_for(self, name: str) -> Method | None:
+        return next((method for pattern, method in self.rules if fnmatchcase(name, pattern)), self.default)
+
+    def methods(self) -> tuple[Method, ...]:
+        return tuple(method for method in (self.default, *[method for _, method in self.rules]) if method is not None)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `bits` per weight over all sites, everything stored counted, with `fixed` fields of the method left as they are."""
+
+    method: str
+    bits: float
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+    def plan(self, sites: Sequence[tuple[str, Shape]], *, float_bits: int = 16) -> Plan:
+        """The plan for `sites`, (name, (out, in)) each. Raises VoroqError where no setting reaches `bits`."""
+        _check_known(self.method)
+        hulls = {shape: _hull(menu(self.method, dict(self.fixed), shape, float_bits), shape) for _, shape in sites}
+        weights = sum(math.prod(shape) for _, shape in sites)
+        choice = _spend([hulls[shape] for _, shape in sites], self.bits * weights)
+        if choice is None:
+            low, high = (sum(hulls[shape][end].bits for _, shape in sites) / weights for end in (0, -1))
+            given = "".join(f" with {name}={value}" for name, value in self.fixed)
+            raise VoroqError(
+                f"{self.bits:g} bits per weight cannot be reached by {self.method}{given} on this model: {low:.3f} to {high:.3f} can "
+                f"(tables, scales and permutations included); ask for at least {math.ceil(low * 1000) / 1000:.3f}"
+            )
+        return Plan(None, tuple((name, option.method) for (name, _), option in zip(sites, choice, strict=True)))
+
+
+def make_plan(method: str, bits: float | None, options: dict[str, str]) -> Plan | Budget:
+    """What the command line asked for: a budget where `bits` is given, else the method with `options` for every site.
+
+    With neither bits nor an option that sets the rate, the budget is 2 bits for vptq and 4.25 for the grids.
+    """
+    _check_known(method)
+    fixed = parse_options(method, options)
+    METHODS[method](**fixed)  # refuses values out of range now, not after an hour
+    if bits is None and {"bits", "vector_length", "table_bits"} & set(fixed):
+        return Plan(METHODS[method](**fixed))
+    if bits is None:
+        bits = 2.0 if method == "vptq" else 4.25
+    if not 0 < bits <= 16:
+        raise VoroqError(f"{bits:g} bits per weight is out of range; give more than 0 and at most 16")
+    return Budget(method, bits, tuple(fixed.items()))
+
+
+def _check_known(method: str) -> None:
+    if method not in METHODS:
+        raise VoroqError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+
+
+def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:
+    """`key=value` strings as typed fields of the method. Raises VoroqError naming the valid keys, or the type a key needs."""
+    hints = get_type_hints(METHODS[method])
+    valid = [field.name for field in fields(METHODS[method])]
+    out = {}
+    for key, text in options.items():
+        if key not in valid:
+            raise VoroqError(f"{method} has no option {key!r}; valid options are {', '.join(valid)}")
+        out[key] = _parse(key, text, hints[key])
+    return out
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    kinds = get_args(hint) or (hint,)
+    word = text.strip().lower()
+    if type(None) in kinds and word in ("none", "null"):
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    if kind is bool:
+        if word in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+            return word in ("true", "yes", "on", "1")
+        raise VoroqError(f"option {key}={text} is not true or false")
+    try:
+        return kind(text)
+    except ValueError:
+        raise VoroqError(f"option {key}={text} is not of type {kind.__name__}") from None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting on one shape: the bits it stores, and the distortion a unit Gaussian is expected to suffer, times the weights."""
+
+    method: Method
+    bits: int
+    cost: float
+
+
+def menu(name: str, fixed: dict[str, Any], shape: Shape, float_bits: int) -> list[Choice]:
+    """All settings of a method worth trying on a matrix of `shape`, the `fixed` fields respected."""
+    found = _vptq_menu(fixed, shape) if name == "vptq" else _grid_menu(METHODS[name], fixed)
+    return [Choice(method, method.stored_bits(shape, float_bits), cost * math.prod(shape)) for method, cost in found]
+
+
+def _vptq_menu(fixed: dict[str, Any], shape: Shape) -> list[tuple[VPTQ, float]]:
+    lengths = [fixed["vector_length"]] if "vector_length" in fixed else [2, 3, 4, 5, 6, 8, 10, 12, 16]
+    # 4096 entries keep a table in a core's own cache and its training in minutes; ask for more by option
+    widths = [fixed["table_bits"]] if "table_bits" in fixed else range(3, 13)
+    found = []
+    for length in lengths:
+        for bits in widths:
+            vectors = -(-shape[0] // length) * shape[1]
+            if "table_bits" not in fixed and 2**bits > vectors / 8:
+                continue
+            if fixed.get("residual_bits", 0) > bits:
+                continue
+            method = VPTQ(**{**fixed, "vector_length": length, "table_bits": bits})
+            stages = 2.0 ** (-2 * bits / length) * (1.3 * 2.0 ** (-2 * method.residual_bits / length) if method.residual_bits else 1.0)
+            found.append((method, gaussian_factor(length) * stages))
+    return found
+
+
+def _grid_menu(kind: type[GPTQ] | type[RTN], fixed: dict[str, Any]) -> list[tuple[GPTQ | RTN, float]]:
+    widths = [fixed["bits"]] if "bits" in fixed else range(2, 9)
+    groups = [fixed["group_size"]] if "group_size" in fixed else [32, 64, 128, 256, None]
+    found = []
+    for bits in widths:
+        for group in groups:
+            # the range of a group grows with the log of its size; the step is range / (2^b - 1)
+            cost = math.log(group or 4096) / (2**bits - 1) ** 2
+            found.append((kind(**{**fixed, "bits": bits, "group_size": group}), cost))
+    return found
+
+
+@lru_cache
+def gaussian_factor(length: int) -> float:
+    """Zador's factor f(d) in D = f(d) 2^(-2R) for the best quantizer of d unit Gaussians at once: 2.72 at d = 1, 1 in the limit.
+
+    f(d) = 2 pi G(d) ((d + 2) / d)^((d + 2) / 2), with Conway and Sloane's best known second moments G(d) of lattices.
+    """
+    known = {1: 0.08333, 2: 0.08019, 3: 0.07854, 4: 0.07660, 5: 0.07562, 6: 0.07424, 8: 0.07168, 12: 0.07010, 16: 0.06830, 24: 0.06577}
+    below, above = max(d for d in known if d <= min(length, 24)), min((d for d in known if d >= length), default=24)
+    share = 0.0 if above == below else (length - below) / (above - below)
+    moment = known[below] * (1 - share) + known[above] * share
+    return 2 * math.pi * moment * ((length + 2) / length) ** ((length + 2) / 2)
+
+
+def _hull(choices: list[Choice], shape: Shape) -> list[Choice]:
+    """The lower convex hull of (bits, cost), cheapest first."""
+    if not choices:
+        raise VoroqError(f"no setting of the method fits a matrix of {shape[0]} x {shape[1]}")
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.bits, c.cost)):
+        if hull and choice.cost >= hull[-1].cost:
+            continue
+        while len(hull) >= 2 and _slope(hull[-2], choice) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _slope(a: Choice, b: Choice) -> float:
+    return (b.cost - a.cost) / (b.bits - a.bits)
+
+
+def _spend(hulls: list[list[Choice]], budget: float) -> list[Choice] | None:
+    """Per site the point of its hull such that the bits stay within `budget` and the cost is least: best slope first.
+
+    A step that no longer fits closes its site, and the rest of the budget goes to others. None if not even the cheapest fit.
+    """
+    at = [0] * len(hulls)
+    left = budget - sum(hull[0].bits for hull in hulls)
+    if left < 0:
+        return None
+    heap = [(_slope(hull[0], hull[1]), i) for i, hull in enumerate(hulls) if len(hull) > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, i = heapq.heappop(heap)
+        hull, here = hulls[i], at[i]
+        price = hull[here + 1].bits - hull[here].bits
+        if price > left:
+            continue
+        left -= price
+        at[i] += 1
+        if at[i] + 1 < len(hull):
+            heapq.heappush(heap, (_slope(hull[at[i]], hull[at[i] + 1]), i))
+    return [hull[j] for hull, j in zip(hulls, at, strict=True)]
+
+

@@ -1,0 +1,256 @@
+"""The run: block by block, one block in memory, every finished block on disk.
+
+    parallel     every block sees the original model: observe and pass on in one go, then quantize
+    sequential   every block sees its quantized predecessors: observe, quantize, pass on what the quantized block makes of it
+
+An interrupted run repeats the forward passes of finished blocks (cheap) and none of their quantization, so it meets the same
+numbers and ends with the same bytes.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import voroq
+from voroq.errors import VoroqError
+from voroq.methods import Method
+from voroq.moments import Moments
+from voroq.packed.base import Packed, Spec
+from voroq.packed.format import spec_type, unpack
+from voroq.packed.shards import read_header
+from voroq.pipeline.activations import Activations
+from voroq.pipeline.blocks import Site
+from voroq.pipeline.memory import peak_memory
+from voroq.pipeline.model import OpenModel, open_model
+from voroq.pipeline.observe import borrow_prior, observe_block, run_block
+from voroq.pipeline.output import Output, check_disk
+from voroq.pipeline.plan import Budget, Plan
+from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, prepare
+from voroq.pipeline.progress import Progress, Silent
+from voroq.pipeline.source import Source, open_source
+from voroq.pipeline.work import SiteJob, describe, resolve_devices, share
+
+TOKENS_PER_BATCH = 4096
+"""Tokens in one forward pass of a block."""
+
+
+def quantize_model(
+    source: str | Path,
+    out: str | Path,
+    plan: Plan | Budget | Method,
+    *,
+    calibration: str | Path | None = None,
+    samples: int | None = None,
+    context: int | None = None,
+    mode: str = "parallel",
+    device: str = "auto",
+    seed: int = 0,
+    resume: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize the model in folder (or with hub id) `source` into the new folder `out` and return the report.
+
+    `plan` is a method for every site, a `Plan` with rules by name, or a `Budget` of bits per weight. `calibration` is a text file, a
+    bundled name or "dataset:NAME" (the bundled mixed text if None), of which `samples` windows of `context` tokens are used.
+    `device` is auto, cpu, cuda or a list of devices. With `resume` an interrupted run goes on; the result has the same bytes.
+
+    Everything that can be refused is refused before the first block. Raises VoroqError (FormatError for damaged files).
+    """
+    began = time.perf_counter()
+    progress = progress or Silent()
+    if mode not in ("parallel", "sequential"):
+        raise VoroqError(f"mode {mode!r} is unknown; choose parallel or sequential")
+    devices = resolve_devices(device)
+    origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
+    if origin.config.get("quantization_config"):
+        raise VoroqError(f"{source} is already quantized (config.json has a quantization_config); give the original model")
+    model = open_model(origin, device=devices[0])
+    ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
+    check_disk(Path(out), ready.bytes)
+    output = Output(Path(out), model.n_blocks, ready.settings, resume=resume)
+    if output.report is not None:
+        return output.report
+    run = Run(model, ready.plan, output, ready.layout, ready.dtype, mode, seed, devices, progress)
+    entries = [run.outer(), *run.blocks(ready.windows)]
+    report = {
+        "voroq_report": 1,
+        "source": str(source),
+        "version": voroq.__version__,
+        **_described(ready.methods),
+        "mode": mode,
+        "seed": seed,
+        "calibration": {
+            "text": str(calibration or "calibration-mixed"),
+            "samples": ready.windows.shape[0],
+            "context": ready.windows.shape[1],
+        },
+        **_totals(origin, entries, began),
+        "settings": ready.settings,
+    }
+    specs: dict[str, Spec] = {}
+    for entry in entries:
+        specs.update({name: spec_type(ready.layout).from_json(data, name) for name, data in entry["specs"].items()})
+    output.finish(origin, specs, ready.layout, frozenset(name for entry in entries for name in entry["biased"]), report)
+    progress.done()
+    return report
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the block loop needs, in one place; no state of its own but what lies in the output folder."""
+
+    model: OpenModel
+    plan: Plan
+    output: Output
+    layout: str
+    dtype: torch.dtype
+    mode: str
+    seed: int
+    devices: tuple[torch.device, ...]
+    progress: Progress
+
+    def outer(self) -> dict[str, Any]:
+        """Write the shard of everything outside the blocks, tensor by tensor; its journal entry."""
+        entry = self.output.entry(None)
+        if entry is not None:
+            return entry
+        self.progress.stage("copying what stays as it is")
+        body = {"sites": [], "specs": {}, "biased": [], "seconds": 0.0}
+        return self.output.write(None, self.model.source, self.model.outer_tensors(), {}, body)
+
+    def blocks(self, windows: torch.Tensor) -> list[dict[str, Any]]:
+        """Quantize every block that is not done; the journal's entries of all."""
+        entries = [self.output.entry(index) for index in range(self.model.n_blocks)]
+        left = sum(len(self.model.sites(index)) for index, entry in enumerate(entries) if entry is None)
+        self.progress.start(self.model.n_blocks, left)
+        if None not in entries:
+            return entries
+        batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+        self.progress.stage("embedding the calibration text")
+        last = max(index for index, entry in enumerate(entries) if entry is None)
+        with self.model.capture(windows, batch, limit=ACTIVATIONS_IN_MEMORY, folder=self.output.folder) as states:
+            for index in range(last + 1):
+                self.progress.block(index, self.model.block_name(index))
+                if entries[index] is None:
+                    entries[index] = self._quantize(index, states, batch, more=index < last)
+                else:
+                    self._replay(index, states, batch, entries[index], more=index < last)
+        return entries
+
+    def _quantize(self, index: int, states: Activations, batch: int, *, more: bool) -> dict[str, Any]:
+        began = time.perf_counter()
+        model = self.model
+        block = model.load_block(index)
+        linears = model.linears(block, index)
+        chosen = [site for site in model.sites(index) if self.plan.method_for(site.name) is not None]
+        self.progress.stage("observing")
+        outputs = states if self.mode == "parallel" and more else None
+        moments, tokens = observe_block(model, block, index, states, batch, sites=[site.name for site in chosen], outputs=outputs)
+        moments, notes = _with_priors(chosen, moments)
+        jobs = []
+        for name in (site.name for site in chosen):
+            method, weight = self.plan.method_for(name), linears[name].weight.detach()
+            jobs.append(SiteJob(name, method, weight, moments[name], self.seed, self.dtype, self.layout, notes.get(name, ())))
+        del moments
+        packed: dict[str, Packed] = {}
+        rows = []
+        self.progress.stage("quantizing")
+        for done in share(lambda job, device: job(device), jobs, self.devices):
+            packed[done.name] = done.packed
+            rows.append({**done.row, "tokens": tokens[done.name]})
+            self._say(done.row)
+            if self.mode == "sequential":
+                linears[done.name].weight.data.copy_(done.weight)
+        jobs.clear()
+        if self.mode == "sequential" and more:
+            self.progress.stage("passing on")
+            run_block(model, block, index, states, batch, states)
+        biased = [name for name in packed if linears[name].bias is not None]
+        del linears
+        model.drop_block(index)
+        self.progress.stage("writing")
+        specs = {name: one.spec.to_json(bias=name in biased) for name, one in packed.items()}
+        body = {"sites": rows, "specs": specs, "biased": biased, "seconds": time.perf_counter() - began}
+        return self.output.write(index, model.source, _verbatim(model, index, packed), packed, body)
+
+    def _replay(self, index: int, states: Activations, batch: int, entry: dict[str, Any], *, more: bool) -> None:
+        """Pass the states through a finished block, as the interrupted run did."""
+        if not more:
+            return
+        self.progress.stage("passing on")
+        block = self.model.load_block(index)
+        if self.mode == "sequential":
+            _put_back(self.model.linears(block, index), self.output.shard(index), entry["specs"], self.layout)
+        run_block(self.model, block, index, states, batch, states)
+        self.model.drop_block(index)
+
+    def _say(self, row: dict[str, Any]) -> None:
+        self.progress.site(row["name"], row["seconds"], row["loss"])
+        for note in row["notes"]:
+            self.progress.warn(f"{row['name']}: {note}")
+
+
+def _put_back(linears: dict[str, nn.Linear], shard: Path, specs: dict[str, Any], layout: str) -> None:
+    """The weights a finished block stands for, from its shard into its linears."""
+    header = read_header(shard)
+    for name, data in specs.items():
+        spec = spec_type(layout).from_json(data, name)
+        packed = Packed(spec, {stored.name: header[f"{name}.{stored.name}"].load() for stored in spec.layout()})
+        linears[name].weight.data.copy_(unpack(packed).dequantize())
+
+
+def _verbatim(model: OpenModel, index: int, packed: dict[str, Packed]) -> list[str]:
+    """Tensors of a block that are copied: all but those whose content went into quantized sites."""
+    return [name for name in model.block_tensors(index) if not set(model.site_of(name) or ()) & set(packed)]
+
+
+def _with_priors(sites: Sequence[Site], moments: dict[str, Moments]) -> tuple[dict[str, Moments], dict[str, tuple[str, ...]]]:
+    """Experts that saw fewer tokens than they have columns borrow from their siblings; notes say which, and what else is thin."""
+    families: dict[str, dict[str, Moments]] = defaultdict(dict)
+    out, notes = dict(moments), {}
+    for site in sites:
+        if site.expert:
+            families[re.sub(r"\.\d+\.(?=[^.]+$)", ".*.", site.name)][site.name] = moments[site.name]
+        elif moments[site.name].count < site.shape[1]:
+            notes[site.name] = (f"{moments[site.name].count} calibration tokens for {site.shape[1]} input columns; use more samples",)
+    for family in families.values():
+        columns = next(iter(family.values())).first.shape[0]
+        topped, poor = borrow_prior(family, columns)
+        out.update(topped)
+        for name in poor:
+            notes[name] = (f"saw {moments[name].count} tokens for {columns} input columns; borrowed from its sibling experts",)
+    return out, notes
+
+
+def _described(methods: Sequence[Method]) -> dict[str, Any]:
+    """Name and options of the sites' methods; options are {} where there are none or they differ, each site's row has its own."""
+    names = sorted({getattr(method, "__name__", type(method).__name__) for method in methods})
+    uniform = len(set(map(describe, methods))) == 1 and dataclasses.is_dataclass(methods[0])
+    options = {field.name: getattr(methods[0], field.name) for field in dataclasses.fields(methods[0])} if uniform else {}
+    plain = {name: value if isinstance(value, bool | int | float | str | None) else repr(value) for name, value in options.items()}
+    return {"method": ", ".join(names).lower(), "options": plain}
+
+
+def _totals(origin: Source, entries: list[dict[str, Any]], began: float) -> dict[str, Any]:
+    rows = [row for entry in entries for row in entry["sites"]]
+    weights = sum(math.prod(row["shape"]) for row in rows)
+    kept = [name for entry in entries for name in entry["verbatim"]]
+    return {
+        "bits_per_weight": sum(row["bits_per_weight"] * math.prod(row["shape"]) for row in rows) / weights,
+        "seconds": max(time.perf_counter() - began, sum(entry["seconds"] for entry in entries)),
+        "peak_memory": peak_memory(),
+        "sites": rows,
+        "unquantized": [{"name": name, "shape": list(origin.tensors[name].shape)} for name in kept],
+        "shards": {entry["file"]: entry["sha256"] for entry in entries},
+    }

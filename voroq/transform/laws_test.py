@@ -1,0 +1,64 @@
+"""The laws of `base.Transform`, for every transform."""
+
+import pytest
+import torch
+
+from voroq.numerics.linalg import proxy_loss
+from voroq.transform.affine import ColumnAffine
+from voroq.transform.base import Transform
+from voroq.transform.chain import Chain
+from voroq.transform.permute import Permute
+
+OUT, IN = 6, 9
+
+
+def rng(value: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+def affine() -> ColumnAffine:
+    return ColumnAffine(torch.rand(IN, generator=rng(), dtype=torch.float64) + 0.5, torch.randn(IN, generator=rng(1), dtype=torch.float64))
+
+
+TRANSFORMS = {
+    "identity": lambda: Chain(),
+    "affine": affine,
+    "permute": lambda: Permute(torch.randperm(IN, generator=rng(2))),
+    "affine, permute": lambda: Chain((affine(), Permute(torch.randperm(IN, generator=rng(2))))),
+    "permute, affine": lambda: Chain((Permute(torch.randperm(IN, generator=rng(2))), affine())),
+}
+
+
+@pytest.fixture(params=TRANSFORMS, name="t")
+def _t(request) -> Transform:
+    return TRANSFORMS[request.param]()
+
+
+def matrix(seed: int, rows: int = OUT) -> torch.Tensor:
+    return torch.randn(rows, IN, generator=rng(seed), dtype=torch.float64)
+
+
+def test_restore_undoes_weight(t: Transform):
+    torch.testing.assert_close(t.restore(t.weight(matrix(3))), matrix(3))
+
+
+def test_linear_with_the_transformed_weight_is_the_linear(t: Transform):
+    x, w = matrix(4, rows=5).reshape(1, 5, IN), matrix(3)
+    torch.testing.assert_close(t.linear(x, lambda inner: inner @ t.weight(w).T), x @ w.T)
+
+
+def test_proxy_loss_is_the_same_on_both_sides(t: Transform):
+    w, error, x = matrix(3), matrix(5), matrix(6, rows=40)
+    h = x.T @ x
+    outside = w - t.restore(t.weight(w) - error)
+    torch.testing.assert_close(proxy_loss(outside, h), proxy_loss(error, t.hessian(h)))
+
+
+def test_tensors_go_out_and_in_again(t: Transform):
+    again = t.with_tensors(dict(t.tensors()))
+    assert torch.equal(again.weight(matrix(3)), t.weight(matrix(3))) and isinstance(t, Transform)
+
+
+def test_permute_moves_column_perm_p_to_p():
+    t = Permute(torch.tensor([2, 0, 1]))
+    assert t.weight(torch.tensor([[10.0, 11.0, 12.0]])).tolist() == [[12.0, 10.0, 11.0]]

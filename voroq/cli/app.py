@@ -1,6 +1,7 @@
 """The application: its commands, and how everything that goes wrong ends (one line on stderr and an exit code)."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -61,6 +62,8 @@ def root(
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 bad input (one line says what and why), 130 interrupted. Bugs keep their traceback."""
+    # Waiting threads sleep instead of spinning: with anything else on the cores, spinning makes torch ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if argv is None else argv
     try:
         code = app(arguments, prog_name="voroq", standalone_mode=False)

@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from voroq.errors import VoroqError
 
 _WANTED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """The folder of `model`, downloaded if it is a hub id. Code is fetched only with `trust_remote_code`.
+def locate(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The folder of `model`, downloaded (at `revision`) if it is a hub id. Code is fetched only with `trust_remote_code`.
 
-    Raises VoroqError when there is no such model, it is gated, or the hub cannot be reached.
+    Raises VoroqError when there is no such model, it is gated, it is not at that revision, or the hub cannot be reached.
     """
     name, path = str(model), Path(model).expanduser()
     if path.is_dir():
@@ -24,15 +24,15 @@ def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
         raise VoroqError(f"there is no folder {name!r}; give a model folder or a hub id such as 'organisation/model'")
     wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except GatedRepoError as error:
         raise VoroqError(f"{name} is gated on the hub; accept its terms on its page, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise VoroqError(f"{name} is neither a folder nor a model on the hub; check the name (`hf auth login` if it is private)") from error
+        raise VoroqError(f"{name} is neither a folder nor a model on the hub; check the name (if private, run `hf auth login`)") from error
     except HFValidationError as error:
         raise VoroqError(f"{name!r} is neither a folder nor a valid hub id ('organisation/model')") from error
     except LocalEntryNotFoundError as error:
-        raise VoroqError(f"{name} is not a folder, not in the local cache, and the hub cannot be reached") from error
-    except (HfHubHTTPError, OSError) as error:
+        raise VoroqError(f"{name} is no folder, not in the local cache, and the hub cannot be reached; check path or network") from error
+    except Exception as error:  # the hub client lets errors of its transports (http, xet) through; all mean "no download"
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise VoroqError(f"cannot download {name}: {reason[0]}; check the name, the network and the disk") from error
+        raise VoroqError(f"cannot download {name}: {reason[0]}; check the name, the revision, the network and the disk") from error

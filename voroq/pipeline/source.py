@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from voroq.errors import FormatError, VoroqError
+from voroq.packed.hub import locate
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_WANTED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _DTYPES = {
@@ -100,7 +98,7 @@ def open_source(model: str | Path, *, revision: str | None = None, trust_remote_
     Raises VoroqError if there is no such model, it is gated, it cannot be reached, or it has no safetensors; FormatError if a
     shard or the index is missing, corrupted or truncated.
     """
-    folder = _locate(str(model), revision, trust_remote_code)
+    folder = locate(model, revision=revision, trust_remote_code=trust_remote_code)
     config = _read_json(folder / "config.json", f"{model} has no config.json, so it is not a transformers model folder")
     tensors: dict[str, Entry] = {}
     for file in _shards(folder):
@@ -110,30 +108,6 @@ def open_source(model: str | Path, *, revision: str | None = None, trust_remote_
             tensors[name] = entry
     _check_index(folder, tensors)
     return Source(str(model), folder, revision, trust_remote_code, config, tensors)
-
-
-def _locate(model: str, revision: str | None, trust_remote_code: bool) -> Path:
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        return path
-    if path.is_file():
-        raise VoroqError(f"{model} is a file; give the folder that holds config.json and the safetensors")
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model:
-        raise VoroqError(f"there is no folder {model!r}; give a model folder or a hub id such as 'organisation/model'")
-    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except GatedRepoError as error:
-        raise VoroqError(f"{model} is gated on the hub; accept its terms on its page, then run `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise VoroqError(f"{model} is neither a folder nor a model on the hub; check the name (if private, run `hf auth login`)") from error
-    except HFValidationError as error:
-        raise VoroqError(f"{model!r} is neither a folder nor a valid hub id ('organisation/model')") from error
-    except LocalEntryNotFoundError as error:
-        raise VoroqError(f"{model} is no folder, not in the local cache, and the hub cannot be reached; check path or network") from error
-    except Exception as error:  # the hub client lets errors of its transports (http, xet) through; all mean "no download"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise VoroqError(f"cannot download {model}: {reason[0]}; check the name, the revision, the network and the disk") from error
 
 
 def _read_json(path: Path, absent: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def locate(model: str | Path, *, revision: str | None = None, trust_remote_code:
     Raises VoroqError when there is no such model, it is gated, it is not at that revision, or the hub cannot be reached.
     """
     name, path = str(model), Path(model).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.exists():
         raise VoroqError(f"{name} is a file; give the folder that holds config.json and the safetensors")

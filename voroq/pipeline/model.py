@@ -22,6 +22,7 @@ from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
 from voroq.pipeline.capture import Call, Recorder, first, stubs
 from voroq.pipeline.compat import Group, build_skeleton
+from voroq.pipeline.memory import give_back
 from voroq.pipeline.outer import Outer
 from voroq.pipeline.source import Source
 from voroq.pipeline.weights import Weights, finite, put
@@ -125,6 +126,7 @@ class OpenModel:
         block = self._loaded.pop(index, None)
         if block is not None:
             block.to_empty(device="meta")
+            give_back()
 
     def linears(self, block: nn.Module, index: int) -> dict[str, nn.Linear]:
         """The modules behind `sites(index)` in the loaded block, by site name."""

@@ -46,7 +46,7 @@ BASE = {
 OTHER = {
     "vptq": dict(
         vector_length=4, table_bits=5, residual_bits=2, groups=2, outlier_percent=5.0, outlier_vector_length=4, outlier_table_bits=3,
-        normalize="std", permute=False, damping=0.5, kmeans_steps=1, rounds=0,
+        normalize="std", permute=False, damping=0.5, kmeans_steps=1, rounds=0, sweeps=0, beam=1,
     ),
     "gptq": dict(bits=2, group_size=None, act_order=False, grid="minmax", damping=0.5),
     "rtn": dict(bits=2, group_size=None, grid="mse"),
@@ -55,7 +55,8 @@ OTHER = {
 
 @pytest.mark.parametrize("name, option", [(name, field.name) for name, kind in METHODS.items() for field in fields(kind)])
 def test_every_option_changes_the_result(name: str, option: str):
-    base = replace(BASE[name], outlier_percent=5.0) if option.startswith("outlier_") and option != "outlier_percent" else BASE[name]
+    needed = {"outlier_vector_length": {"outlier_percent": 5.0}, "outlier_table_bits": {"outlier_percent": 5.0}, "beam": {"residual_bits": 3}}
+    base = replace(BASE[name], **needed.get(option, {}))
     changed = replace(base, **{option: OTHER[name][option]})
     assert not torch.equal(run(base).dequantize(), run(changed).dequantize())
 
@@ -69,7 +70,9 @@ def test_same_generator_same_bits(name: str):
 def test_methods_are_ordered_as_the_field_knows_them():
     assert loss(run(BASE["gptq"])) < loss(run(BASE["rtn"]))
     assert loss(run(replace(BASE["vptq"], residual_bits=2))) < loss(run(BASE["vptq"]))
-    assert loss(run(BASE["vptq"])) < loss(run(replace(BASE["vptq"], rounds=0)))
+    tuned, residual = BASE["vptq"], replace(BASE["vptq"], residual_bits=3)
+    assert loss(run(replace(tuned, rounds=3))) < loss(run(tuned)) < loss(run(replace(tuned, sweeps=0))) < loss(run(replace(tuned, rounds=0)))
+    assert loss(run(residual)) < loss(run(replace(residual, beam=1)))
 
 
 def test_act_order_is_natural_order_on_permuted_columns():

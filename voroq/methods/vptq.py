@@ -3,8 +3,9 @@
     1. optional column scale and shift; the Hessian follows them (the reference's does not, and pays for it)
     2. columns by falling diag(H); the first few percent may be outliers with a finer table of their own
     3. tables by k-means weighted with diag(H), per group of columns; a second, residual table on what is left
-    4. sweep: column by column, nearest centroids, error fed forward
-    5. rounds: refit all tables to the proxy loss by least squares, sweep again, keep what lowers the loss
+    4. sweep: column by column, nearest centroids (main and residual searched together), error fed forward
+    5. rounds: refit all tables to the proxy loss by least squares, sweep again (by feedback, then by coordinate descent), keep what
+       lowers the loss
     6. absorb the permutation into the order of the codes where the format can say so (one group, no outliers)
 
 Step 5 is not in the reference, which never touches its tables after k-means. Results stay inside its checkpoint format.
@@ -26,6 +27,7 @@ from voroq.moments import Moments
 from voroq.numerics.kmeans import kmeans
 from voroq.numerics.linalg import damped
 from voroq.quantized import Band, Quantized, Tile
+from voroq.rounding.descent import descend
 from voroq.rounding.feedback import Rounded, feedback
 from voroq.shapes import Matrix, Square
 from voroq.transform.affine import ColumnAffine
@@ -60,14 +62,18 @@ class VPTQ:
     """added to the Hessian's diagonal, relative to its mean"""
     kmeans_steps: int = 20
     """Lloyd iterations at most, per table"""
-    rounds: int = 1
+    rounds: int = 2
     """times the tables are refitted to the proxy loss and the matrix swept again"""
+    sweeps: int = 2
+    """coordinate-descent sweeps over the codes per round; 0 = rounds sweep by feedback alone"""
+    beam: int = 8
+    """main centroids tried for each vector where there is a residual table; 1 = greedily"""
 
     def __post_init__(self) -> None:
         bounds = {
             "vector_length": (1, 64), "table_bits": (1, 16), "residual_bits": (0, self.table_bits), "groups": (1, 4096),
             "outlier_percent": (0, 50), "outlier_vector_length": (2, 64), "outlier_table_bits": (1, 16),
-            "kmeans_steps": (1, 1000), "rounds": (0, 100),
+            "kmeans_steps": (1, 1000), "rounds": (0, 100), "sweeps": (0, 100), "beam": (1, 65536),
         }  # fmt: skip
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
@@ -94,8 +100,10 @@ class VPTQ:
         if not self.rounds:
             return best
         bands = refit(w, h, best.bands, best.codes)
-        for _ in range(self.rounds):
-            tried = feedback(w, h, bands)
+        for done in range(self.rounds):
+            tried = best if done and self.sweeps else feedback(w, h, bands)  # what descent has reached feedback does not find again
+            if self.sweeps:
+                tried = descend(w, h, bands, tried.codes, sweeps=self.sweeps)
             if tried.loss.sum() >= best.loss.sum():
                 break
             best, bands = tried, refit(w, h, tried.bands, tried.codes)
@@ -151,7 +159,8 @@ class VPTQ:
             if band.start >= outliers:
                 points = band.tile.cut(left)
                 importance = _importance(h, band.start, band.stop, points)
-                book = Residual((book, Table(kmeans(points, importance, 2**self.residual_bits, rng, steps=self.kmeans_steps))))
+                rest = Table(kmeans(points, importance, 2**self.residual_bits, rng, steps=self.kmeans_steps))
+                book = Residual((book, rest), self.beam)
             out.append(replace(band, codebook=book))
         return out
 

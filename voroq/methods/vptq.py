@@ -1,7 +1,7 @@
 """VPTQ: vectors down the output dimension, lookup tables, second-order feedback (Liu et al. 2024, arXiv 2409.17066).
 
     1. optional column scale and shift; the Hessian follows them (the reference's does not, and pays for it)
-    2. columns by falling diag(H); the first few percent may be outliers with a finer table of their own
+    2. columns by falling diag(H); in front of them, a few percent with a finer table of their own, chosen by what they cost
     3. tables by k-means weighted with diag(H), per group of columns; a second, residual table on what is left
     4. sweep: column by column, nearest centroids (main and residual searched together), error fed forward
     5. rounds: refit all tables to the proxy loss by least squares, sweep again (by feedback, then by coordinate descent), keep what
@@ -15,7 +15,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from voroq.codebook.base import Codebook
@@ -25,7 +25,7 @@ from voroq.errors import VoroqError
 from voroq.methods.gptq import activation_order, check_damping
 from voroq.moments import Moments
 from voroq.numerics.kmeans import kmeans
-from voroq.numerics.linalg import damped
+from voroq.numerics.linalg import damped, inverse_factor
 from voroq.quantized import Band, Quantized, Tile
 from voroq.rounding.descent import descend
 from voroq.rounding.feedback import Rounded, feedback
@@ -49,7 +49,7 @@ class VPTQ:
     groups: int = 1
     """tables per matrix, one per group of input columns"""
     outlier_percent: float = 0.0
-    """percentage of input columns, the ones with the largest activations, written with a table of their own"""
+    """percentage of input columns, the costliest (with permute=False the first), written with a table of their own"""
     outlier_vector_length: int = 4
     """weights per vector in outlier columns"""
     outlier_table_bits: int = 12
@@ -85,7 +85,7 @@ class VPTQ:
     def __call__(self, w: Matrix, moments: Moments, rng: torch.Generator) -> Quantized:
         h, notes = damped(moments.hessian(), self.damping)
         affine = (column_statistics(w),) if self.normalize == "std" else ()
-        order = (Permute(activation_order(h)),) if self.permute else ()
+        order = (Permute(column_order(w, h, self.columns(w.shape[1])[0])),) if self.permute else ()
         transform = Chain((*affine, *order))
         w_stored, h_stored = transform.weight(w), transform.hessian(h)
         done = self._sweeps(w_stored, h_stored, rng)
@@ -168,6 +168,21 @@ class VPTQ:
 def _importance(h: Square, start: int, stop: int, points: Float[Tensor, "n dim"]) -> Float[Tensor, "n"]:
     """diag(H) of the column each vector stands in."""
     return h.diagonal()[start:stop].repeat(points.shape[0] // (stop - start))
+
+
+def column_order(w: Matrix, h: Square, outliers: int) -> Int[Tensor, "in"]:
+    """Columns by falling diag(H), the `outliers` costliest before all others.
+
+    What a column costs: the variance of its weights, which the error of any table follows, times 1 / inv(H)_jj, what an error
+    in it costs once all other columns have answered it.
+    """
+    order = activation_order(h)
+    if not outliers:
+        return order
+    cost = w.var(0, correction=0) / inverse_factor(h).square().sum(0)  # inv(H) = U^T U
+    chosen = torch.zeros_like(cost, dtype=torch.bool)
+    chosen[cost.topk(outliers).indices] = True
+    return torch.cat([order[chosen[order]], order[~chosen[order]]])
 
 
 def column_statistics(w: Matrix) -> ColumnAffine:

@@ -1,5 +1,7 @@
 """Coordinate descent held to its law (the loss never rises) and to a literal twin."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -76,7 +78,7 @@ def test_no_sweep_raises_the_loss(bands: list[Band], by_feedback: bool):
         torch.testing.assert_close(done.loss, proxy_loss(w - decoded(bands, done.codes), h))
         codes = done.codes
         losses.append(done.loss.sum())
-    assert all(after <= before * (1 + 1e-12) for before, after in zip(losses, losses[1:], strict=False)) and losses[1] < losses[0]
+    assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(losses)) and losses[1] < losses[0]
 
 
 def literal(w: torch.Tensor, h: torch.Tensor, bands: list[Band], codes, sweeps: int) -> list[torch.Tensor]:

@@ -75,18 +75,16 @@ def test_full_beam_is_exhaustive_search(stages: int, metric: bool):
 
 
 def test_beam_carries_the_nearest_partial_sums():
-    """The literal search: sort all mains by distance, complete the best few, take the best pair."""
-    main, rest = (stage.centroids for stage in BOOKS["residual"].stages)
-    v = points(BOOKS["residual"])
-    expected = []
+    """The literal search, vector by vector: extend every sum by every word of the next table, sort, keep the best three."""
+    tables = [torch.randn(k, 3, generator=rng(5 + k)) for k in (16, 8, 8)]
+    v, expected = torch.randn(60, 3, generator=rng(6)), []
     for one in v:
-        pairs = [
-            ((one - main[i] - c).square().sum().item(), i.item(), j)
-            for i in (one - main).square().sum(1).argsort()[:3]
-            for j, c in enumerate(rest)
-        ]
-        expected.append(min(pairs)[1:])
-    assert Residual(BOOKS["residual"].stages, beam=3).encode(v).tolist() == [list(pair) for pair in expected]
+        sums = [(one, ())]
+        for table in tables:
+            longer = [(left - word, (*codes, j)) for left, codes in sums for j, word in enumerate(table)]
+            sums = sorted(longer, key=lambda pair: float(pair[0].square().sum()))[:3]
+        expected.append(list(sums[0][1]))
+    assert Residual(tuple(map(Table, tables)), beam=3).encode(v).tolist() == expected
 
 
 def test_beams_split_into_chunks_find_the_same(monkeypatch: pytest.MonkeyPatch):

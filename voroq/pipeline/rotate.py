@@ -124,7 +124,7 @@ class Rotation:
             fold = replace(fold, gain=self._finite(norm).double() + offset)
         new = fold.weight(old, dtype) if old.dim() == 2 else fold.bias(old, dtype)
         if not finite(new):
-            raise VoroqError(f"{name} times the norm it reads does not fit {dtype}; store the rotated model as float32 (--dtype float32)")
+            raise VoroqError(f"{name}, rotated, does not fit {dtype}; store the model as float32 (--dtype float32)")
         return new
 
     def _finite(self, name: str) -> Tensor:

@@ -71,7 +71,7 @@ def trace(skeleton: nn.Module, altered: Mapping[str, Alteration] | None = None) 
 
 
 class Trace(TorchFunctionMode):
-    """One run. `inputs` are what linears were called on, by name."""
+    """One run. `inputs` are what linears were called on, by name; afterwards only those of writers."""
 
     def __init__(self, model: nn.Module, altered: Mapping[str, Alteration]) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Trace(TorchFunctionMode):
         self._used |= tag.parts
 
     def close(self, output: Mapping[str, Any]) -> None:
-        """Refuse what shows only at the end of the run."""
+        """Refuse what shows only at the end of the run, and let go of what is not needed after it."""
         for tensor in _tensors(output):
             tag = self._tag_of(tensor)
             if tag is not None and (tag.norm is not None or self._is_stream(tag)):
@@ -215,6 +215,8 @@ class Trace(TorchFunctionMode):
         shared = self.writers.keys() & self._used
         if shared:
             raise self._refusal(f"{min(shared)} is added to the residual stream and used elsewhere too")
+        self._tags.clear()
+        self.inputs = {name: x for name, x in self.inputs.items() if name in self.writers}
 
     def _refusal(self, reason: str) -> VoroqError:
         return VoroqError(f"{self.kind} cannot be rotated: {reason}")

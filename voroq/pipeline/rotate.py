@@ -43,7 +43,8 @@ def rotate_model(
     """Write the model `source` (folder or hub id) to the new folder `out` with its residual stream rotated, and its value heads if
     `heads`; return what was done. `dtype` is the stored one (float64, float32, float16, bfloat16), the source's if None.
 
-    The function computed is the same but for rounding. Arithmetic is float64; memory holds one tensor and a part of it.
+    The function computed is the same but for rounding. Arithmetic is float64; memory holds one tensor, and
+    of all but the value linears only a part in float64.
     Raises VoroqError for a model that cannot be rotated exactly, saying why, and before anything is written.
     """
     began = time.perf_counter()

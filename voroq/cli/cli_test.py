@@ -69,7 +69,7 @@ assert not heavy, heavy
 
 def test_every_command_has_help_with_examples_and_json():
     runner = CliRunner()
-    commands = ["quantize", "eval", "inspect", "generate", "chat", "methods", "demo"]
+    commands = ["quantize", "rotate", "eval", "inspect", "generate", "chat", "methods", "demo"]
     listed = runner.invoke(app, ["--help"]).stdout
     for command in commands:
         assert command in listed
@@ -277,3 +277,23 @@ def test_chat_answers_each_line_until_quit(capsys, monkeypatch):
     replies = [json.loads(line) for line in out.splitlines()]
     assert [reply["role"] for reply in replies] == ["assistant", "assistant"]
     assert "no chat template" in err
+
+
+def test_rotate_passes_everything_on_and_says_what_was_done(monkeypatch, capsys):
+    seen = {}
+    report = {"source": "in", "width": 384, "block": 128, "readers": 26, "writers": 10, "heads": 5, "head_dim": 64, "untied": True}
+
+    def rotate_model(*args, progress, **kwargs):
+        seen.update(kwargs, args=args)
+        return {**report, "bytes": 22_000_000, "seconds": 3.0}
+
+    monkeypatch.setitem(sys.modules, "voroq.pipeline.rotate", SimpleNamespace(rotate_model=rotate_model))
+    assert run("rotate", "in", "out", "--no-heads", "--dtype", "float32", "--seed", 4, "--revision", "abc", "--trust-remote-code") == 0
+    assert seen == {
+        "args": ("in", "out"), "heads": False, "dtype": "float32", "seed": 4, "revision": "abc", "trust_remote_code": True,
+    }  # fmt: skip
+    out = capsys.readouterr().out
+    assert "in blocks of 128" in out and "no longer tied" in out and "voroq eval out --against in" in out
+    assert run("rotate", "in", "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["readers"] == 26
+    assert seen["heads"] is True and seen["dtype"] is None

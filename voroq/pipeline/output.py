@@ -184,13 +184,18 @@ class Output:
             "weight_map": {name: Path(info.file).name for name, info in sorted(found, key=lambda pair: pair[0])},
         }
         write_json(self.folder / "model.safetensors.index.json", index)
-        for pattern in (*COMPANIONS, *(("*.py",) if source.trust_remote_code else ())):
-            for path in sorted(source.folder.glob(pattern)):
-                if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
-                    shutil.copyfile(path, self.folder / path.name)
+        copy_companions(source, self.folder)
         write_json(self.folder / "config.json", {**source.config, "quantization_config": quantization})
         write_json(self.folder / REPORT, report)
         shutil.rmtree(self.folder / JOURNAL)
+
+
+def copy_companions(source: Source, folder: Path) -> None:
+    """Copy what lies beside the weights of `source`: tokenizer, generation settings, licenses, and its code if that is trusted."""
+    for pattern in (*COMPANIONS, *(("*.py",) if source.trust_remote_code else ())):
+        for path in sorted(source.folder.glob(pattern)):
+            if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
+                shutil.copyfile(path, folder / path.name)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -79,9 +79,11 @@ def quantize_model(
     if origin.config.get("quantization_config"):
         raise VoroqError(f"{source} is already quantized (config.json has a quantization_config); give the original model")
     model = open_model(origin, device=devices[0])
+    if tuning is not None and model.skeleton.get_output_embeddings() is None:
+        raise VoroqError(f"{source} has no language model head, so there are no logits to tune towards; leave tuning out")
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
     check_disk(Path(out), ready.bytes)
-    settings = {**ready.settings, "tuning": describe(tuning)}
+    settings = {**ready.settings, "tuning": repr(tuning)}
     output = Output(Path(out), model.n_blocks, settings, resume=resume)
     if output.report is not None:
         return output.report

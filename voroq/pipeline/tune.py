@@ -1,11 +1,11 @@
-"""Whole-model tuning: the quantized model learns to say what the original says, codes standing still.
+"""Whole-model tuning: the quantized model learns to say what the original says.
 
     minimise   mean over tokens of  KL( softmax(original logits) || softmax(quantized logits) )
 
-over tables, scales, shifts and the one-dimensional parameters (norms, biases), by Adam with a warm-up and a cosine. Some of the
-calibration windows are held out: the parameters that did best on them are kept, and if none beat the untuned ones nothing
-changes. Step sizes are relative to the size of each parameter, so they mean the same in every model. (The paper's end-to-end
-stage, whose code was never released.)
+over tables, scales, shifts and the one-dimensional parameters (norms, biases), by Adam with a warm-up and a cosine. Codes stand
+still, or move along the gradient a few at a time (`tuning/moves.py`). Some of the calibration windows are held out: the state that
+did best on them is kept, and if none beat the untuned one nothing changes. Step sizes are relative to the size of each parameter,
+so they mean the same in every model. (The paper's end-to-end stage, whose code was never released.)
 
 Both models are in memory in float32 while this runs. The state is saved as it goes; an interrupted tuning continues from there
 and ends with the same bytes.
@@ -27,6 +27,7 @@ from voroq.packed.files import Entry, write_safetensors
 from voroq.pipeline.progress import Progress
 from voroq.quantized import Quantized, reals, with_reals
 from voroq.tuning.losses import divergence
+from voroq.tuning.moves import Latent, repick
 from voroq.tuning.trainable import Trainable
 
 HELD_OUT = 32
@@ -35,6 +36,8 @@ CHECK_EVERY = 20
 """Steps between looks at the held-out windows; also between saves."""
 TOKENS_AT_ONCE = 2048
 """Tokens of one forward and backward; a step adds up as many as its batch needs."""
+MOVE_EVERY = 4
+"""Steps between moves of codes."""
 _WARM_UP = 10
 
 
@@ -50,11 +53,15 @@ class Tuning:
     """largest step of tables and scales, relative to their root mean square"""
     norm_rate: float = 0.002
     """the same of norms and biases"""
+    moves: float = 0.0
+    """fraction of the codes that may move at a time; 0 = codes stand still"""
+    move_rate: float = 0.03
+    """largest step of the weights behind the codes, relative to their root mean square"""
     precision: str = "auto"
     """float32, bfloat16 (matrix products only), or auto: bfloat16 where the hardware multiplies it"""
 
     def __post_init__(self) -> None:
-        bounds = {"steps": (0, 1_000_000), "batch": (1, 65536), "rate": (0, 1), "norm_rate": (0, 1)}
+        bounds = {"steps": (0, 1_000_000), "batch": (1, 65536), "rate": (0, 1), "norm_rate": (0, 1), "moves": (0, 1), "move_rate": (0, 1)}
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise VoroqError(f"tuning {name}={getattr(self, name):g} is out of range; give {low} to {high}")
@@ -100,7 +107,7 @@ def tune(
     run.look()
     run.adopt()
     with torch.no_grad():
-        sites = {name: _detached(module.quantized()) for name, module in student.named_modules() if isinstance(module, Trainable)}
+        sites = {name: _detached(site.quantized()) for name, site in run.sites.items()}
     others = {name: p.detach() for name, p in run.parameters.items() if name in run.plain}
     return Tuned(sites, others, run.first, run.best, run.step)
 
@@ -138,6 +145,12 @@ class _Run:
         self.step = 0
         self.first = self.best = math.inf
         self.kept: dict[str, Tensor] = {}
+        self.sites = {name: module for name, module in student.named_modules() if isinstance(module, Trainable)}
+        self.latents: dict[str, Latent] = {}
+        if tuning.moves:
+            for name, site in self.sites.items():
+                site.watch = True
+                self.latents[name] = Latent(site.quantized().stored())
 
     def advance(self) -> float:
         """One optimiser step; its mean KL."""
@@ -155,7 +168,34 @@ class _Run:
             raise VoroqError(f"tuning: the loss is no longer finite at step {self.step}; give a smaller rate than {self.tuning.rate:g}")
         self.adam.step()
         self.step += 1
+        self._move(fraction)
         return total
+
+    @torch.no_grad()
+    def _move(self, fraction: float) -> None:
+        for name, latent in self.latents.items():
+            site = self.sites[name]
+            if site.gradient is not None:  # an expert may have had no tokens
+                latent.step(site.gradient, self.tuning.move_rate * fraction, self.step)
+            site.gradient = None
+            if self.step % MOVE_EVERY == 0:
+                bands = site.quantized().bands
+                site.codes = tuple(
+                    repick(band, codes, latent.weight[:, band.start : band.stop], self.tuning.moves)
+                    for band, codes in zip(bands, site.codes, strict=True)
+                )
+
+    def _state(self) -> dict[str, Tensor]:
+        """What makes the model: parameters and, where they move, codes."""
+        codes = {f"{name}/codes/{i}": t for name in self.latents for i, t in enumerate(self.sites[name].codes)}
+        return {**{name: p.detach() for name, p in self.parameters.items()}, **codes}
+
+    @torch.no_grad()
+    def _load(self, state: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(state[name])
+        for name in self.latents:
+            self.sites[name].codes = tuple(state[f"{name}/codes/{i}"].clone() for i in range(len(self.sites[name].codes)))
 
     @torch.no_grad()
     def look(self) -> None:
@@ -165,35 +205,37 @@ class _Run:
             self.first = loss
         if loss < self.best:
             self.best = loss
-            self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.kept = {name: t.clone() for name, t in self._state().items()}
 
-    @torch.no_grad()
     def adopt(self) -> None:
-        for name, value in self.kept.items():
-            self.parameters[name].copy_(value)
+        """Go back to the best."""
+        self._load(self.kept)
 
     def save(self, path: Path) -> None:
-        tensors = {f"now/{name}": p.detach() for name, p in self.parameters.items()}
-        tensors |= {f"best/{name}": value for name, value in self.kept.items()}
+        tensors = {f"now/{name}": t for name, t in self._state().items()} | {f"best/{name}": t for name, t in self.kept.items()}
         for name, p in self.parameters.items():
             moments = self.adam.state.get(p, {})
             tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
+        for name, latent in self.latents.items():
+            tensors |= {f"latent/{key}/{name}": getattr(latent, key) for key in ("weight", "first", "second")}
         tensors["losses"] = torch.tensor([self.step, self.first, self.best], dtype=torch.float64)
-        write_safetensors(path, [Entry.of(name, tensor.cpu()) for name, tensor in tensors.items()], {})
+        write_safetensors(path, [Entry.of(name, tensor.cpu().contiguous()) for name, tensor in tensors.items()], {})
 
-    @torch.no_grad()
     def restore(self, path: Path) -> None:
         if not path.is_file():
             return
         tensors = {name: tensor.to(self.device) for name, tensor in load_file(path).items()}
         step, self.first, self.best = tensors["losses"].tolist()
         self.step = int(step)
+        self._load({name.removeprefix("now/"): t for name, t in tensors.items() if name.startswith("now/")})
+        self.kept = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
         for name, p in self.parameters.items():
-            p.copy_(tensors[f"now/{name}"])
-            if self.step:
-                moments = {key: tensors[f"{key}/{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: tensors[f"{key}/{name}"].clone() for key in ("exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
+            if moments:
                 self.adam.state[p] = {"step": torch.tensor(float(self.step)), **moments}
-        self.kept = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
+        for name, latent in self.latents.items():
+            for key in ("weight", "first", "second"):
+                setattr(latent, key, tensors[f"latent/{key}/{name}"].clone())
 
     def _batch(self, step: int) -> Tensor:
         """Indices of the windows of a step: epochs of all windows, each in an order of its own."""

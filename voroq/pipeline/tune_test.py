@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 import voroq
 from voroq.errors import VoroqError
-from voroq.packed.format import unpack
 from voroq.pipeline import tune as module
 from voroq.pipeline.model import open_model
 from voroq.pipeline.progress import Silent
@@ -63,6 +62,18 @@ def test_steps_lower_the_divergence_and_leave_the_codes(method, source, tmp_path
     assert not any(before[name].dim() == 2 and "embed" in name for name in changed)
 
 
+def test_moves_change_codes_within_their_limit(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOVE_EVERY", 1)
+    monkeypatch.setattr(module._Run, "adopt", lambda run: None)  # what the steps did, whether it paid or not
+    quick_run(source, tmp_path / "plain", QUICK["vptq"])
+    quick_run(source, tmp_path / "tuned", QUICK["vptq"], tuning=replace(SOME, steps=8, moves=0.01, move_rate=0.9))
+    before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
+    codes = [name for name in before if name.endswith("indices")]
+    moved = sum(int((before[name] != after[name]).sum()) for name in codes)
+    vectors = sum(8 * before[name].numel() for name in codes)  # 4 bits each in words of 32
+    assert 0 < moved <= 8 * 0.01 * vectors
+
+
 def test_the_folder_computes_what_the_report_says(source, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(module, "_split", lambda windows, seed: seen.append(windows) or (windows[2:], windows[:2]))
@@ -87,15 +98,17 @@ class Stops(Silent):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_tuning_resumes_to_the_same_bytes(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tuning", [SOME, replace(SOME, moves=0.1, move_rate=0.9)], ids=["tables", "codes"])
+def test_an_interrupted_tuning_resumes_to_the_same_bytes(tuning, source, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHECK_EVERY", 2)
-    quick_run(source, tmp_path / "whole", QUICK["vptq"], tuning=SOME)
+    monkeypatch.setattr(module, "MOVE_EVERY", 2)
+    quick_run(source, tmp_path / "whole", QUICK["vptq"], tuning=tuning)
     expected = content(tmp_path / "whole")
     for number in (1, 3, 6):
         out = tmp_path / str(number)
         with pytest.raises(KeyboardInterrupt):
-            quick_run(source, out, QUICK["vptq"], tuning=SOME, progress=Stops(number))
-        quick_run(source, out, QUICK["vptq"], tuning=SOME, resume=True)
+            quick_run(source, out, QUICK["vptq"], tuning=tuning, progress=Stops(number))
+        quick_run(source, out, QUICK["vptq"], tuning=tuning, resume=True)
         assert content(out) == expected, number
 
 
@@ -125,9 +138,12 @@ def test_a_tuning_interrupted_between_two_files_resumes_to_the_same_bytes(mode, 
         assert content(out) == expected, extra
 
 
-def test_every_option_changes_the_result(source, tmp_path):
+def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOVE_EVERY", 1)
+    monkeypatch.setattr(module._Run, "adopt", lambda run: None)
     made = {}
     changes = {"none": {}, "steps": {"steps": 3}, "batch": {"batch": 1}, "rate": {"rate": 0.002}, "norm_rate": {"norm_rate": 0.0}}
+    changes |= {"moves": {"moves": 0.1, "move_rate": 0.6}, "move_rate": {"moves": 0.1, "move_rate": 0.9}}
     for name, change in changes.items():
         tuning = replace(SOME, **change)
         quick_run(source, tmp_path / name, QUICK["vptq"], tuning=tuning)
@@ -138,7 +154,8 @@ def test_every_option_changes_the_result(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"steps": -1}, "steps"), ({"batch": 0}, "batch"), ({"rate": 2.0}, "rate"), ({"precision": "int8"}, "precision")]
+    ("options", "message"),
+    [({"steps": -1}, "steps"), ({"batch": 0}, "batch"), ({"rate": 2.0}, "rate"), ({"moves": 2.0}, "moves"), ({"precision": "x"}, "preci")],
 )
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(VoroqError, match=message):

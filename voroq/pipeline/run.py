@@ -29,6 +29,7 @@ from voroq.packed.format import pack, spec_type, unpack
 from voroq.packed.shards import read_header
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
+from voroq.pipeline.calibration import calibration_windows
 from voroq.pipeline.memory import peak_memory
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import borrow_prior, observe_block, run_block
@@ -37,6 +38,7 @@ from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, prepare
 from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.source import Source, open_source
+from voroq.pipeline.tokenizer import load_tokenizer
 from voroq.pipeline.tune import Tuning, student_of, tune
 from voroq.pipeline.work import SiteJob, describe, resolve_devices, share
 
@@ -84,6 +86,10 @@ def quantize_model(
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
     check_disk(Path(out), ready.bytes)
     settings = {**ready.settings, "tuning": repr(tuning)}
+    if tuning is not None:
+        context = ready.windows.shape[1]
+        more, mark = calibration_windows(load_tokenizer(origin), calibration, samples=tuning.samples, context=context, seed=seed)
+        settings["tuning"] += f" on {more.shape[0]} windows with the hash {mark[:16]}"
     output = Output(Path(out), model.n_blocks, settings, resume=resume)
     if output.report is not None:
         return output.report
@@ -91,7 +97,7 @@ def quantize_model(
     entries = [run.outer(), *run.blocks(ready.windows)]
     tuned = None
     if tuning is not None and tuning.steps:
-        entries, tuned = run.tune(entries, ready.windows, tuning)
+        entries, tuned = run.tune(entries, more, tuning)
     report = {
         "voroq_report": 1,
         "source": str(source),

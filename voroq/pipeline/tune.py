@@ -47,8 +47,10 @@ class Tuning:
 
     steps: int = 120
     """optimiser steps"""
+    samples: int = 2048
+    """windows of the calibration text to tune on; more than the moments need, since every step wants new ones"""
     batch: int = 8
-    """calibration windows per step"""
+    """windows per step"""
     rate: float = 0.02
     """largest step of tables and scales, relative to their root mean square"""
     norm_rate: float = 0.002
@@ -61,7 +63,8 @@ class Tuning:
     """float32, bfloat16 (matrix products only), or auto: bfloat16 where the hardware multiplies it"""
 
     def __post_init__(self) -> None:
-        bounds = {"steps": (0, 1_000_000), "batch": (1, 65536), "rate": (0, 1), "norm_rate": (0, 1), "moves": (0, 1), "move_rate": (0, 1)}
+        bounds = {"steps": (0, 1_000_000), "samples": (2, 1_000_000), "batch": (1, 65536)}
+        bounds |= dict.fromkeys(("rate", "norm_rate", "moves", "move_rate"), (0, 1))
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise VoroqError(f"tuning {name}={getattr(self, name):g} is out of range; give {low} to {high}")

@@ -20,7 +20,7 @@ from voroq.pipeline.tiny_runs_test import QUICK, content, quick_run, tiny_source
 from voroq.pipeline.tune import Tuning
 from voroq.tuning.losses import divergence
 
-SOME = Tuning(steps=6, batch=2, rate=0.004, norm_rate=0.001, precision="float32")
+SOME = Tuning(steps=6, samples=6, batch=2, rate=0.004, norm_rate=0.001, precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
     monkeypatch.setattr(module._Run, "adopt", lambda run: None)
     made = {}
     changes = {"none": {}, "steps": {"steps": 3}, "batch": {"batch": 1}, "rate": {"rate": 0.002}, "norm_rate": {"norm_rate": 0.0}}
-    changes |= {"moves": {"moves": 0.1, "move_rate": 0.6}, "move_rate": {"moves": 0.1, "move_rate": 0.9}}
+    changes |= {"samples": {"samples": 5}, "moves": {"moves": 0.1, "move_rate": 0.6}, "move_rate": {"moves": 0.1, "move_rate": 0.9}}
     for name, change in changes.items():
         tuning = replace(SOME, **change)
         quick_run(source, tmp_path / name, QUICK["vptq"], tuning=tuning)
@@ -155,7 +155,10 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"steps": -1}, "steps"), ({"batch": 0}, "batch"), ({"rate": 2.0}, "rate"), ({"moves": 2.0}, "moves"), ({"precision": "x"}, "preci")],
+    [
+        *(({"steps": -1}, "steps"), ({"samples": 1}, "samples"), ({"batch": 0}, "batch"), ({"rate": 2.0}, "rate")),
+        *(({"norm_rate": -1.0}, "norm_rate"), ({"moves": 2.0}, "moves"), ({"move_rate": 2.0}, "move_rate"), ({"precision": "x"}, "preci")),
+    ],
 )
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(VoroqError, match=message):

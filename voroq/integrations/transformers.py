@@ -122,7 +122,8 @@ def _sites(model: nn.Module, table: SpecTable, stacks: dict[str, nn.Module]) -> 
 
 def _is_saved_class(model: nn.Module) -> bool:
     """Whether `model` is of the class that was saved, so that it should be complete."""
-    return type(model).__name__ in (model.config.architectures or [])
+    names = model.config.architectures
+    return isinstance(names, list) and type(model).__name__ in names
 
 
 def _place(model: nn.Module, name: str) -> str:

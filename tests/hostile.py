@@ -232,7 +232,8 @@ def header_names(files: Files, rng: random.Random) -> None:
     if how == 0:
         table[a[0]], table[b[0]] = b[1], a[1]
     elif how == 1:
-        table[rng.choice(["", ".", "..", "a" * 3000, a[0] + ".weight", a[0].upper(), "x\0y", "x\ny", a[0] + ".", "weight"])] = table.pop(a[0])
+        names = ["", ".", "..", "a" * 3000, a[0] + ".weight", a[0].upper(), "x\0y", "x\ny", a[0] + ".", "weight"]
+        table[rng.choice(names)] = table.pop(a[0])
     elif how == 2:
         table[a[0] + rng.choice(["", "2", ".extra"])] = b[1]
     elif how == 3:
@@ -362,7 +363,8 @@ def config_names(files: Files, rng: random.Random) -> None:
     if not isinstance(layers, dict) or len(layers) < 2:
         return
     a, b = rng.sample(list(layers), 2)
-    new = rng.choice(["", ".", "model", "lm_head", "model.norm", a + ".x", a.replace("0", "7"), "a" * 3000, "q_proj", "..", "model..x", "é", "x\ny"])
+    names = ["", ".", "model", "lm_head", "model.norm", a + ".x", a.replace("0", "7"), "a" * 3000, "q_proj", "..", "model..x", "é", "x\ny"]
+    new = rng.choice(names)
     if rng.random() < 0.3:
         layers[a], layers[b] = layers[b], layers[a]
     elif rng.random() < 0.5:

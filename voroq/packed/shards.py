@@ -38,7 +38,7 @@ class TensorInfo:
             with safe_open(self.file, framework="pt") as shard:
                 return shard.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
-            raise FormatError(f"{self.file}: cannot read tensor {self.name} ({str(error):.300}); {_REPAIR}") from error
+            raise FormatError(f"{self.file}: cannot read tensor {self.name} ({error!s:.300}); {_REPAIR}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _check_readable(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: {str(error):.300}; {_REPAIR}") from error
+        raise FormatError(f"{path}: {error!s:.300}; {_REPAIR}") from error
 
 
 def _info(name: str, path: Path, entry: dict[str, Any]) -> TensorInfo:

@@ -87,7 +87,7 @@ def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name, value in part.items():
             if name.endswith(("layers", "n_layer", "depth")) and type(value) is int and value > tensors:
-                raise FormatError(f"{path / 'config.json'}: {name} is {value:.4g}, the files hold only {tensors} tensors")
+                raise FormatError(f"{path / 'config.json'}: {name} is {value!r:.60}, the files hold only {tensors} tensors")
 
 
 def _device_map(device: str) -> Any:

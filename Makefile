@@ -3,22 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest conformance lint clean
 export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(VENV)/installed
 	$(BIN)/voroq demo --out demo-output
 
 test: $(VENV)/installed
-	$(BIN)/ruff check voroq tests benchmarks examples
+	$(BIN)/ruff check voroq tests benchmarks examples conformance
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The other end of the supported transformers window.
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile voroq/integrations voroq/pipeline tests
 
+# What the official vptq package makes of our files and we of its; it lives in an environment of its own, on the CPU.
+conformance: $(VENV)/installed .venv-conformance/installed
+	VOROQ_RESULTS=conformance/results.txt $(BIN)/python -m pytest -c conformance/pytest.ini --rootdir conformance conformance
+
 lint: $(VENV)/installed
-	$(BIN)/ruff check voroq tests benchmarks examples
+	$(BIN)/ruff check voroq tests benchmarks examples conformance
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,5 +36,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet -c constraints.txt 'transformers==5.18.0' -e '.[dev]'
 	touch $@
 
+# The official package pins much that it does not need to load and run a model: --no-deps, and what it imports.
+.venv-conformance/installed: conformance/requirements.txt
+	$(PYTHON) -m venv .venv-conformance
+	.venv-conformance/bin/python -m pip install --quiet --upgrade pip
+	.venv-conformance/bin/python -m pip install --quiet -r conformance/requirements.txt
+	.venv-conformance/bin/python -m pip install --quiet --no-deps 'vptq==0.0.5.post1'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest demo-output
+	rm -rf $(VENV) .venv-oldest .venv-conformance demo-output

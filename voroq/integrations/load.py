@@ -52,7 +52,7 @@ def load(
             model = model_class.from_pretrained(path, dtype=dtype or "auto", device_map=place, trust_remote_code=trust_remote_code)
         except VoroqError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # a config that makes no sense fails in transformers with whatever it comes to
             raise VoroqError(f"{folder_or_id} cannot be loaded: {_first_line(error)}") from error
     if dequantize and folder.specs is not None:
         model = model.dequantize()
@@ -68,16 +68,26 @@ def check_folder(path: Path) -> Folder:
         raise VoroqError(f"{path} has no config.json; give the folder of a Hugging Face model")
     config = read_json(path / "config.json")
     quantization = config.get("quantization_config")
+    tensors = tensors_in(path)
+    _check_depth(path, config, len(tensors))
     if quantization is None:
-        return Folder(path, config, None, tensors_in(path))
+        return Folder(path, config, None, tensors)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in ("vptq", "voroq"):
-        raise VoroqError(f"{path} is quantized with {method!r}; voroq loads vptq, voroq and models that are not quantized")
+        raise VoroqError(f"{path} is quantized with {method!r:.60}; voroq loads vptq, voroq and models that are not quantized")
     try:
         specs = specs_from_config(quantization)
     except FormatError as error:
         raise FormatError(f"{path / 'config.json'}: {error}") from error
-    return Folder(path, config, specs, tensors_in(path))
+    return Folder(path, config, specs, tensors)
+
+
+def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse a model of more layers than the files have tensors: building it would take hours before anything is found missing."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name, value in part.items():
+            if name.endswith(("layers", "n_layer", "depth")) and type(value) is int and value > tensors:
+                raise FormatError(f"{path / 'config.json'}: {name} is {value!r:.60}, the files hold only {tensors} tensors")
 
 
 def _device_map(device: str) -> Any:
@@ -94,14 +104,15 @@ def _device_map(device: str) -> Any:
 
 def _model_class(config: dict[str, Any]) -> Any:
     """The class that was saved, or a causal language model where transformers has no class of that name (remote code)."""
-    names = config.get("architectures") or [""]
-    found = getattr(transformers, names[0], None) if isinstance(names[0], str) and names[0].isidentifier() else None
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else ""
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else AutoModelForCausalLM
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return f"{lines[0]:.300}" if lines else type(error).__name__
 
 
 @contextmanager

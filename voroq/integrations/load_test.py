@@ -85,6 +85,16 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
         voroq.load(tmp_path / "m", device="cpu")
 
 
+def test_more_layers_than_the_files_have_tensors_are_refused_before_they_are_built(tmp_path):
+    write_model(tmp_path, "llama", "vptq")
+    for name in ("num_hidden_layers", "text_config"):
+        config = (tmp_path / "config.json").read_text()
+        change_config(tmp_path, **{name: 10**30 if name == "num_hidden_layers" else {"num_layers": 10**6}})
+        with pytest.raises(FormatError, match=r"config.json: num_.*layers is 1000"):
+            voroq.load(tmp_path, device="cpu")
+        (tmp_path / "config.json").write_text(config)
+
+
 def test_a_missing_tokenizer_or_architecture_is_said(tmp_path):
     write_model(tmp_path, "llama", "voroq")
     (tmp_path / "tokenizer.json").unlink()

@@ -7,6 +7,7 @@ with transformers, which needs CUDA and the `vptq` package and fails on every mo
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from voroq.errors import FormatError
 from voroq.experts import is_stacked, unstack_experts
 from voroq.integrations.compat import came_from_checkpoint, names_in_model
 from voroq.layer import QuantLinear
-from voroq.packed.base import Packed, Spec
+from voroq.packed.base import MAX_SIDE, Packed, Spec
 from voroq.packed.checkpoint import SpecTable, check_listing, check_packed, specs_from_config
 from voroq.packed.shards import TensorInfo, read_header
 
@@ -58,12 +59,16 @@ class VoroqQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+        infos = _headers(checkpoint_files or [])
+        if infos:
+            _check_stacks(model, infos)
         for place, spec in _sites(model, self.table, self.stacks).items():
             linear = model.get_submodule(place)
             self.dtypes[place] = linear.weight.dtype
             model.set_submodule(place, QuantLinear(spec, bias=linear.bias is not None, dtype=linear.weight.dtype, device="meta"))
-        self.listing = _listing(model, checkpoint_files or [])
+        self.listing = {place: infos[name] for name, place in names_in_model(model, infos).items()}
         if self.listing:
+            _check_reals(model, self.listing)
             layers = quant_linears(model)
             biased = {name for name, layer in layers.items() if layer.bias is not None}
             check_listing({name: layer.spec for name, layer in layers.items()}, self.listing, biased)
@@ -122,7 +127,8 @@ def _sites(model: nn.Module, table: SpecTable, stacks: dict[str, nn.Module]) -> 
 
 def _is_saved_class(model: nn.Module) -> bool:
     """Whether `model` is of the class that was saved, so that it should be complete."""
-    return type(model).__name__ in (model.config.architectures or [])
+    names = model.config.architectures
+    return isinstance(names, list) and type(model).__name__ in names
 
 
 def _place(model: nn.Module, name: str) -> str:
@@ -151,14 +157,31 @@ def _get(model: nn.Module, place: str) -> nn.Module | None:
         return None
 
 
-def _listing(model: nn.Module, files: list[str]) -> dict[str, TensorInfo]:
-    """The tensors in `files` by their name in `model`. Raises FormatError for files that are damaged or no safetensors."""
+def _headers(files: list[str]) -> dict[str, TensorInfo]:
+    """The tensors in `files`. Raises FormatError for files that are damaged or no safetensors."""
     infos: dict[str, TensorInfo] = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise FormatError(f"{file}: only safetensors files are read; convert the model first")
         infos |= read_header(Path(file))
-    return {place: infos[name] for name, place in names_in_model(model, infos).items()}
+    return infos
+
+
+def _check_stacks(model: nn.Module, infos: Mapping[str, TensorInfo]) -> None:
+    """Refuse stacked experts of a size that the files cannot back, before they are told apart and unstacked one by one."""
+    most = max(len(infos), *(info.shape[0] for info in infos.values() if info.shape), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and (parameter.shape[0] > most or max(parameter.shape) > MAX_SIDE):
+            shape = list(parameter.shape)
+            raise FormatError(f"the model's config asks for a tensor {name} of shape {shape}, the files have nothing of that size")
+
+
+def _check_reals(model: nn.Module, listing: dict[str, TensorInfo]) -> None:
+    """Integers in the place of real numbers would be loaded as they are."""
+    for name, parameter in model.named_parameters():
+        info = listing.get(name)
+        if info is not None and parameter.is_floating_point() and not info.dtype.is_floating_point:
+            raise FormatError(f"{info.file}: tensor {name} is {str(info.dtype).removeprefix('torch.')}, real numbers are needed")
 
 
 def _check_all_loaded(model: nn.Module) -> None:

@@ -131,6 +131,7 @@ DAMAGE = {
     "nan": (lambda t: t[f"{Q}.centroids.weight"].fill_(float("nan")), f"{Q}.centroids.weight holds NaN"),
     "perm": (lambda t: t[f"{Q}.perm"].fill_(1), f"{Q}.perm is not a permutation"),
     "code": (lambda t: t[f"{Q}.outlier_indices"].fill_(-1), f"{Q}.outlier_indices holds code 65535"),
+    "integers": (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].view(torch.uint16)}), "tensor lm_head.weight is uint16"),
     "norm": (lambda t: t.pop("model.norm.weight"), r"tensor model.norm.weight is missing"),
 }
 
@@ -142,6 +143,14 @@ def test_damage_that_transformers_would_load_is_refused(tmp_path, kind):
     assert packed[Q].spec.perm and packed[Q].spec.outliers
     rewrite(tmp_path, change)
     with pytest.raises(FormatError, match=message):
+        open_model(tmp_path)
+
+
+def test_more_experts_than_the_files_can_hold_are_refused_before_they_are_built(tmp_path):
+    write_model(tmp_path, "mixtral", "voroq")
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"num_local_experts": 2**31 - 1})
+    with pytest.raises(FormatError, match=r"asks for a tensor model.layers.0.*of shape \[2147483647"):
         open_model(tmp_path)
 
 

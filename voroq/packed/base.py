@@ -27,6 +27,8 @@ MAX_TABLE = 1 << 16
 """Centroids of one table."""
 MAX_ELEMENTS = 1 << 34
 """Elements of one stored tensor."""
+MAX_NAME = 512
+"""Characters of a module's or tensor's name."""
 
 
 class Role(Enum):
@@ -109,6 +111,11 @@ def as_int16(values: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 def from_int16(values: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Inverse of `as_int16`; wider integers pass unchanged."""
     return values.long() & 0xFFFF if values.dtype == torch.int16 else values.long()
+
+
+def is_name(name: str) -> bool:
+    """Whether a file may call a module or tensor so; messages quote names."""
+    return len(name) <= MAX_NAME and name.isprintable()
 
 
 class Fields:

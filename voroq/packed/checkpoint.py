@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from voroq.errors import FormatError
-from voroq.packed.base import FLOATS, Fields, Packed, Role, Spec, Stored, from_int16
+from voroq.packed.base import FLOATS, MAX_NAME, Fields, Packed, Role, Spec, Stored, from_int16, is_name
 from voroq.packed.format import spec_type
 from voroq.packed.shards import TensorInfo, read_json, tensors_in
 
@@ -85,6 +85,8 @@ def _layers(fields: Fields, name: str, *, required: bool) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise fields.fail(name, "an object with an entry for each quantized module")
+    if not all(map(is_name, value)):
+        raise fields.fail(name, f"an object whose names have at most {MAX_NAME} printable characters")
     return value
 
 

@@ -21,9 +21,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @st.composite
 def vptq_linears(draw):
     groups, size = draw(st.integers(1, 3)), draw(st.sampled_from([0, 0, 1, 5]))
-    columns = size + groups * draw(st.integers(1, 9))
     k = draw(st.sampled_from([2, 8, 16, 512]))
     sizes = (k,) if draw(st.booleans()) else (k, draw(st.sampled_from([n for n in (2, 4, 512) if n <= k])))
+    least = -(-17 // sum(n.bit_length() - 1 for n in sizes))
+    columns = size + groups * draw(st.integers(least, least + 8))
     steps = [step for step in ("affine", "permute") if draw(st.booleans())]
     return random_vptq(
         draw(st.integers(1, 13)),
@@ -156,10 +157,17 @@ def test_zero_points_that_are_no_codes_are_refused():
 
 
 def test_a_value_that_overflows_the_dtype_is_refused():
-    band = Band(0, 4, Tile(2, 1), Table(torch.full((2, 2), 1e6)))
-    q = Quantized((2, 4), Chain(), (band,), (torch.zeros(1, 4, 1, dtype=torch.long),))
+    band = Band(0, 20, Tile(2, 1), Table(torch.full((2, 2), 1e6)))
+    q = Quantized((2, 20), Chain(), (band,), (torch.zeros(1, 20, 1, dtype=torch.long),))
     with pytest.raises(ValueError, match="does not fit in"):
         pack(q, torch.float16, "vptq")
+
+
+def test_rows_that_the_official_reader_misreads_are_not_written():
+    assert VptqSpec.of(random_vptq(8, 17, 0, sizes=(2,))).group_size == 17
+    for columns, sizes in [(16, (2,)), (8, (4,)), (4, (8, 2))]:
+        with pytest.raises(FormatError, match="under 17 bits"):
+            VptqSpec.of(random_vptq(8, columns, 0, sizes=sizes))
 
 
 VPTQ = VptqSpec.of(random_vptq(8, 20, 0, groups=2, outliers=(4, 2, 8), steps=("affine", "permute"))).to_json()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from voroq.errors import FormatError, VoroqError
+from voroq.packed.base import MAX_NAME, is_name
 from voroq.packed.files import DTYPES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,7 +38,7 @@ class TensorInfo:
             with safe_open(self.file, framework="pt") as shard:
                 return shard.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
-            raise FormatError(f"{self.file}: cannot read tensor {self.name} ({error}); {_REPAIR}") from error
+            raise FormatError(f"{self.file}: cannot read tensor {self.name} ({error!s:.300}); {_REPAIR}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,21 +90,46 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise FormatError(f"{path} is truncated or no safetensors file; {_REPAIR}")
         header = file.read(length)
     try:
-        table = json.loads(header)
-        infos = [(_info(name, path, entry), entry["data_offsets"]) for name, entry in table.items() if name != "__metadata__"]
+        table = json.loads(header, object_pairs_hook=_once)
+        infos = [(_info(name, path, entry), _range(entry)) for name, entry in table.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: damaged safetensors header ({error!r:.80}); {_REPAIR}") from error
     at = 0
-    for info, (start, stop) in sorted(infos, key=lambda pair: tuple(pair[1])):
+    for info, (start, stop) in sorted(infos, key=lambda pair: pair[1]):
         if start != at or stop - start != info.size:
             raise FormatError(f"{path}: tensor {info.name} has bytes {start} to {stop}, {info.size} from {at} are needed; {_REPAIR}")
         at = stop
     if at != size - 8 - length:
         raise FormatError(f"{path} is truncated: its tensors need {at + 8 + length} bytes, it has {size}; {_REPAIR}")
+    _check_readable(path)
     return {info.name: info for info, _ in infos}
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no name occurs twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return value
+
+
+def _range(entry: dict[str, Any]) -> tuple[int, int]:
+    start, stop = entry["data_offsets"]
+    return start, stop
+
+
+def _check_readable(path: Path) -> None:
+    """What the safetensors library itself refuses (it maps the file and reads the header, no tensor)."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: {error!s:.300}; {_REPAIR}") from error
+
+
 def _info(name: str, path: Path, entry: dict[str, Any]) -> TensorInfo:
+    if not is_name(name):
+        raise ValueError(f"a name of {len(name)} characters, up to {MAX_NAME} printable ones are needed")
     shape = tuple(entry["shape"])
     if any(type(n) is not int or n < 0 for n in (*shape, *entry["data_offsets"])):
         raise ValueError(f"shape or offsets of {name}")

@@ -152,7 +152,9 @@ class VptqSpec:
         first, rest = ([], kinds) if len(set(kinds)) == 1 else (kinds[:1], kinds[1:])
         if len(set(rest)) != 1:
             raise FormatError("the vptq layout needs groups of equal width and tables after at most one outlier band; use the native one")
-        vector, sizes, _ = rest[0]
+        vector, sizes, width = rest[0]
+        if width * sum(size.bit_length() - 1 for size in sizes) < 17:
+            raise FormatError(f"the official vptq reader misreads groups of under 17 bits a row, got {width} columns; use the native one")
         outliers = None
         if first:
             outlier_vector, outlier_sizes, size = first[0]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -185,7 +186,7 @@ class Output:
         }
         write_json(self.folder / "model.safetensors.index.json", index)
         copy_companions(source, self.folder)
-        write_json(self.folder / "config.json", {**source.config, "quantization_config": quantization})
+        write_json(self.folder / "config.json", _config(source, quantization))
         write_json(self.folder / REPORT, report)
         shutil.rmtree(self.folder / JOURNAL)
 
@@ -196,6 +197,14 @@ def copy_companions(source: Source, folder: Path) -> None:
         for path in sorted(source.folder.glob(pattern)):
             if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
                 shutil.copyfile(path, folder / path.name)
+
+
+def _config(source: Source, quantization: dict[str, Any]) -> dict[str, Any]:
+    """The config of the original with its quantization, and with `torch_dtype` beside `dtype`: the official vptq loader reads that."""
+    floats = (tensor.dtype for tensor in source.tensors.values() if tensor.dtype.is_floating_point)
+    stored = str(next(floats, torch.float32)).removeprefix("torch.")
+    dtype = source.config.get("dtype") or source.config.get("torch_dtype") or stored
+    return {**source.config, "dtype": dtype, "torch_dtype": dtype, "quantization_config": quantization}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

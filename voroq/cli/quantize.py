@@ -78,7 +78,7 @@ def quantize(
         EffortName,
         typer.Option(
             help="fast: the method alone. balanced: then the whole model is tuned towards the original's logits (both in memory). "
-            "best: also a longer search, and codes that move while tuning."
+            "best: a longer search and a longer tuning."
         ),
     ] = EffortName.fast,
     device: options.Device = "auto",

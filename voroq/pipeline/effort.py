@@ -1,8 +1,8 @@
 """How much work a result is worth: three presets between an untuned run and everything that paid.
 
     fast       the method alone, block by block; memory of one block
-    balanced   then the whole model tuned towards the original's logits, codes standing still
-    best       more search in every table, and codes that move while tuning
+    balanced   then the whole model tuned towards the original's logits
+    best       more search in every table, and a longer tuning
 
 The last two hold the original and the quantized model in memory at once, in float32.
 """
@@ -27,7 +27,7 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(),
-    "balanced": Effort(Tuning(steps=100)),
-    "best": Effort(Tuning(steps=400, moves=0.02), {"vptq": {"rounds": "2", "sweeps": "2"}}),
+    "balanced": Effort(Tuning(steps=100, moves=0.02)),
+    "best": Effort(Tuning(steps=200, moves=0.02), {"vptq": {"rounds": "2", "sweeps": "2"}}),
 }
 

@@ -8,8 +8,8 @@ from voroq.pipeline.plan import make_plan
 def test_more_effort_is_more_work():
     fast, balanced, best = EFFORTS.values()
     assert fast.tuning is None and not fast.options
-    assert balanced.tuning.moves == 0 and 0 < balanced.tuning.steps < best.tuning.steps
-    assert best.tuning.moves > 0
+    assert 0 < balanced.tuning.steps < best.tuning.steps
+    assert best.options["vptq"]
 
 
 def test_what_was_asked_for_comes_first():

@@ -181,3 +181,9 @@ def test_dead_columns_are_reported_and_keep_a_value():
     q = BASE["gptq"](w, Moments(second, moments.first, moments.count), rng())
     assert "1 of 64 input columns never moved" in q.notes[0]
     assert torch.isfinite(q.dequantize()).all() and (q.dequantize()[:, 7] - w[:, 7]).abs().mean() < w[:, 7].abs().mean()
+
+
+def test_rows_too_short_for_the_official_reader_are_refused_at_once():
+    with pytest.raises(VoroqError, match=r"a group of 16 columns with 1 bits each is under 17 bits"):
+        VPTQ(vector_length=2, table_bits=1).stored_bits((8, 16))
+    assert VPTQ(vector_length=2, table_bits=1).stored_bits((8, 17)) > 0

@@ -35,6 +35,9 @@ from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
 from voroq.tuning.centroids import refit
 
+LEAST_ROW = 17
+"""Bits of codes in a group's row, at least: of shorter ones the official reader takes the padding for codes."""
+
 
 @dataclass(frozen=True)
 class VPTQ:
@@ -132,6 +135,11 @@ class VPTQ:
         each = (width - outliers) // self.groups
         if each == 0:
             raise VoroqError(f"{self.groups} groups do not fit into {width} columns; give fewer groups")
+        if each * (self.table_bits + self.residual_bits) < LEAST_ROW:
+            raise VoroqError(
+                f"a group of {each} columns with {self.table_bits + self.residual_bits} bits each is under {LEAST_ROW} bits a row, which "
+                "the official vptq reader misreads; give fewer groups or larger tables"
+            )
         return outliers, [outliers + each * g for g in range(self.groups + 1)]
 
     def _fit(self, w: Matrix, h: Square, rng: torch.Generator) -> list[Band]:

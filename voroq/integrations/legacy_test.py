@@ -20,7 +20,7 @@ from voroq.packed.gptqmodel_test import CONFIG as GPTQMODEL
 from voroq.packed.legacy import OldSpec
 
 TOKENS = torch.arange(3, 19)[None]
-PLACES = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+PLACES = {"model.layers.0": "disk", **dict.fromkeys(["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu")}
 
 
 def logits(path, **kwargs):
@@ -124,7 +124,8 @@ def write_gptqmodel(path):
     """A folder as GPTQModel writes it, made from the current layout."""
     steps, shared = ("affine", "permute"), {"v": 2, "sizes": (8, 4), "groups": 2, "outliers": (2, 3, 4)}
     packed = write_model(path, "qwen2", "vptq")
-    made = {name: pack(random_vptq(*p.spec.shape, i, steps=steps, **shared), torch.bfloat16, "vptq") for i, (name, p) in enumerate(packed.items())}
+    linears = {name: random_vptq(*p.spec.shape, seed, steps=steps, **shared) for seed, (name, p) in enumerate(packed.items())}
+    made = {name: pack(q, torch.bfloat16, "vptq") for name, q in linears.items()}
 
     def change(tensors):
         for name in list(tensors):
@@ -195,5 +196,6 @@ def test_shapes_that_a_shared_entry_leaves_out_come_from_the_model(tmp_path):
 def test_what_the_model_misses_is_listed(tmp_path):
     write_model(tmp_path, "llama-tied", "vptq")
     assert model_defects(open_model_folder(tmp_path)) == []
-    rewrite(tmp_path, lambda t: [t.pop(name) for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight")])
-    assert [text.split()[1] for text in model_defects(open_model_folder(tmp_path))] == ["model.layers.0.input_layernorm.weight", "model.norm.weight"]
+    gone = ["model.layers.0.input_layernorm.weight", "model.norm.weight"]
+    rewrite(tmp_path, lambda t: [t.pop(name) for name in gone])
+    assert [text.split()[1] for text in model_defects(open_model_folder(tmp_path))] == gone

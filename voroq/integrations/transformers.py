@@ -106,7 +106,8 @@ class VoroqQuantizer(HfQuantizer):
         """Describe the layers as they are now, so that saving writes what is there."""
         layers = {self.names[place]: layer for place, layer in quant_linears(model).items()}
         biased = {name for name, layer in layers.items() if layer.bias is not None}
-        self.quantization_config.become(quantization_config(self.table.method, {name: layer.spec for name, layer in layers.items()}, biased))
+        specs = {name: layer.spec for name, layer in layers.items()}
+        self.quantization_config.become(quantization_config(self.table.method, specs, biased))
         text = model.config.get_text_config(decoder=True)
         if text is not model.config and hasattr(text, "quantization_config"):
             del text.quantization_config

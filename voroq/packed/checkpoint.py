@@ -205,11 +205,11 @@ def read_packed(folder: str | Path, module: str) -> Packed:
 
 def coverage_defects(table: SpecTable, stored: Collection[str]) -> list[str]:
     """What is wrong with a config for files that store the modules `stored` quantized."""
-    missing = [name for name in stored if table.entry(name) is None]
+    mark, missing = _MARKS[table.method], [name for name in stored if table.entry(name) is None]
     tails = {_tail(name) for name in stored if name not in table.layers}
     unused = [key for key in table.shared if key not in tails and key not in {_tail(name) for name in table.layers}]
     return [
-        *(f"{name} is stored quantized ({name}{_MARKS[table.method]}), but the quantization config has no entry for it" for name in missing),
+        *(f"{name} is stored quantized ({name}{mark}), but the quantization config has no entry for it" for name in missing),
         *(f"shared_layer_config has an entry {key!r:.60}, but no quantized linear of the model is called so" for key in unused),
     ]
 
@@ -261,10 +261,11 @@ def packed_defects(module: str, packed: Packed) -> Iterator[str]:
             continue
         stored, tensor = expected[name], packed.tensors[name]
         wrong = list(_type_defects(f"tensor {module}.{name}", stored, tensor.dtype, tuple(tensor.shape)))
-        yield from wrong or _value_defects(f"tensor {module}.{name}", stored, tensor)
+        yield from wrong or value_defects(f"tensor {module}.{name}", stored, tensor)
 
 
-def _value_defects(where: str, stored: Stored, tensor: torch.Tensor) -> Iterator[str]:
+def value_defects(where: str, stored: Stored, tensor: torch.Tensor) -> Iterator[str]:
+    """What is wrong with the numbers of one tensor that has the right dtype and shape."""
     if stored.real and not bool(torch.isfinite(tensor).all()):
         yield f"{where} holds NaN or infinity; re-download the model, or quantize again"
     if stored.limit is not None and tensor.numel():

@@ -11,8 +11,14 @@ from typing import Any
 from voroq.errors import FormatError
 from voroq.packed.base import MAX_SIDE, MAX_TABLE, MAX_VECTOR, Fields
 
-_LAYOUT = ("vector_lens", "num_centroids", "num_res_centroids", "npercent", "group_size", "group_num", "enable_norm", "norm_dim", "enable_perm")
-_MAKING = ("kmeans_mode", "kmeans_iters", "kmeans_tol", "kmeans_seed", "block_size", "percdamp", "bits", "desc_act", "sym", "lm_head", "meta")
+_LAYOUT = (
+    *("vector_lens", "num_centroids", "num_res_centroids", "npercent", "group_size", "group_num"),
+    *("enable_norm", "norm_dim", "enable_perm"),
+)
+_MAKING = (
+    *("kmeans_mode", "kmeans_iters", "kmeans_tol", "kmeans_seed", "block_size", "percdamp"),
+    *("bits", "desc_act", "sym", "lm_head", "meta"),
+)
 _CONSTANT = {
     **{"quant_method": ("vptq",), "method": ("vptq", None), "format": ("vptq", None), "checkpoint_format": ("vptq", None)},
     **{"pack_dtype": ("int32", None), "rotation": (None, ""), "activation": (None,)},
@@ -46,7 +52,7 @@ def layer(config: dict[str, Any], module: str, shape: tuple[int, int] | None) ->
     Raises FormatError when the columns do not divide into equal groups: GPTQModel pads the last one, the VPTQ layout cannot.
     """
     if shape is None:
-        raise FormatError(f"the shape of {module} is needed: a GPTQModel config gives none; voroq.load and voroq convert take it from the model")
+        raise FormatError(f"the shape of {module} is needed, GPTQModel's config gives none; voroq.load and voroq convert ask the model")
     fields = Fields(config, module)
     vectors, tables = fields.integers("vector_lens", 2, -1, MAX_VECTOR), fields.integers("num_centroids", 2, -1, MAX_TABLE)
     outliers, size, groups = _groups(config, shape[1], outliers=vectors[0] > 0 and tables[0] > 1 and config["npercent"] > 0)

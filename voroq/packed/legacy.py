@@ -72,7 +72,8 @@ class OldSpec:
             if "perm" in tensors:
                 tensors["perm"] = from_int16(tensors["perm"])
         if self.floats:
-            tensors |= {name: tensors[name].view(torch.float16) for name in _CODES if name in tensors and tensors[name].dtype == torch.int16}
+            short = [name for name in _CODES if name in tensors and tensors[name].dtype == torch.int16]
+            tensors |= {name: tensors[name].view(torch.float16) for name in short}
         return tensors
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quantized:

@@ -149,7 +149,6 @@ class VptqSpec:
     def of(q: Quantized) -> "VptqSpec":
         """The spec that stores `q`. Raises FormatError saying what of it this layout cannot hold."""
         norm, perm = _steps(q.transform)
-        norm_dim = int(norm is RowAffine)
         out, columns = q.shape
         if perm and columns > MAX_PERMUTED:
             raise FormatError(f"the vptq layout permutes at most {MAX_PERMUTED} columns, got {columns}; use the native layout")
@@ -164,7 +163,9 @@ class VptqSpec:
             if len(outlier_sizes) > 1 or outlier_vector < 2:
                 raise FormatError("the vptq layout needs outliers in vectors of at least 2, without residual; use the native layout")
             outliers = Outliers(size, outlier_vector, outlier_sizes[0])
-        return VptqSpec((out, columns), vector, sizes[0], sizes[1] if len(sizes) == 2 else None, len(rest), outliers, norm is not None, perm, norm_dim)
+        residual = sizes[1] if len(sizes) == 2 else None
+        norm_dim = int(norm is RowAffine)
+        return VptqSpec((out, columns), vector, sizes[0], residual, len(rest), outliers, norm is not None, perm, norm_dim)
 
     def pack(self, q: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
         bands, codes = list(q.bands), list(q.codes)

@@ -68,6 +68,10 @@ def inspect_folder(path: str | Path) -> Inspection:
     if not (Path(path) / "config.json").is_file():
         raise VoroqError(f"{path} has no config.json: give the folder of a model")
     folder = open_folder(path)
+    if folder.specs is not None and any(folder.specs.lacks_shape(name) for name in folder.names()):
+        from voroq.integrations.shapes import open_model_folder  # brings transformers, which nothing else here needs
+
+        folder = open_model_folder(path)
     report = read_report(path)
     losses = {site.get("name"): site.get("loss") for site in report.get("sites", []) if isinstance(site, dict)}
     specs = folder.sites()

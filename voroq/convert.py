@@ -205,7 +205,7 @@ class _Plan:
         numbered = {int(_EXPERT.fullmatch(expert)[2]): expert for expert in experts}
         shapes = {self.sites[expert].shape for expert in experts}
         if sorted(numbered) != list(range(len(experts))) or len(shapes) > 1:
-            raise FormatError(f"{self.folder.path}: the experts of {name} have gaps in their numbers or differ in shape, so they make no stack")
+            raise FormatError(f"{self.folder.path}: experts of {name} are missing or differ in shape, so they make no stack")
         shape, dtype = (len(experts), *shapes.pop()), self._dense_type(experts[0])
 
         def load() -> Tensor:

@@ -20,7 +20,8 @@ from voroq.packed.gptqmodel_test import CONFIG as GPTQMODEL
 from voroq.packed.legacy import OldSpec
 
 TOKENS = torch.arange(3, 19)[None]
-PLACES = {"model.layers.0": "disk", **dict.fromkeys(["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu")}
+ON_CPU = ["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+PLACES = {"model.layers.0": "disk", **dict.fromkeys(ON_CPU, "cpu")}
 
 
 def logits(path, **kwargs):

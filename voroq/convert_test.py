@@ -60,7 +60,7 @@ VARIANTS = {
     "larger residual": {"sizes": (4, 16)},
     "rows": {"sizes": (16, 4), "steps": ("rows", "permute")},
     "outliers": {"sizes": (16,), "outliers": (4, 3, 8), "steps": ("affine", "permute")},
-    "groups": {"groups": 4, "sizes": (2, 2), "steps": ("permute",)},
+    "groups": {"groups": 2, "sizes": (2, 2), "steps": ("permute",)},
     "one group": {"sizes": (64,), "v": 5, "steps": ("affine", "permute")},
     "largest table": {"sizes": (65536, 2), "v": 2, "steps": ("permute",)},
 }

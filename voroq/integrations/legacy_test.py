@@ -107,7 +107,7 @@ def write_llava(path):
 
 def test_a_config_nested_in_a_text_config(tmp_path):
     packed = write_llava(tmp_path / "m")
-    assert len(packed) == 14
+    assert set(open_model_folder(tmp_path / "m").names()) == set(packed) and len(packed) == 14
     model, _ = voroq.load(tmp_path / "m", device="cpu")
     layers = quant_linears(model)
     assert len(layers) == 14

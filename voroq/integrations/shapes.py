@@ -1,5 +1,6 @@
 """The model behind a folder, on the meta device: for what config and files alone do not say."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ def model_defects(folder: Folder) -> list[str]:
         except FormatError as error:
             return [str(error)]
     there = set(names_in_model(model, infos).values())
-    tied = model.all_tied_weights_keys
-    parameters = {name for name, _ in model.named_parameters()}
-    missing = sorted(name for name in parameters - there if tied.get(name) not in there)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
+    wanted = {name for name, _ in model.named_parameters()}  # of tied ones, the first
+    missing = sorted(name for name in wanted - there if not any(pattern.search(name) for pattern in ignored))
     return [f"tensor {name} of the model is missing; re-download the model" for name in missing]
 
 

@@ -61,7 +61,7 @@ def test_the_worked_example_in_gptqmodels_words():
         (20, {"npercent": 0.0, "group_num": -1}, (0, 1, 20)),
         (20, {"npercent": 0.0, "group_num": -1, "group_size": 5}, (0, 4, 5)),
         (20, {"npercent": 12.0, "group_num": 4}, (4, 4, 4)),  # 3 columns are 12 % rounded up, and one more does not divide
-        (20, {"npercent": 10.0, "group_num": -1}, (2, 1, 18)),
+        (20, {"npercent": 12.0, "group_num": -1}, (3, 1, 17)),
         (20, {"npercent": 0.0, "group_num": 3}, "20 columns do not divide into 3 groups of 7"),
         (20, {"npercent": 0.0, "group_num": -1, "group_size": 8}, "20 columns do not divide into 3 groups of 8"),
     ],

@@ -39,8 +39,9 @@ def check_blanket(config: Any) -> None:
     rules = config.get("dynamic") or {}
     if not isinstance(rules, dict) or any(rule not in (False, {}) for rule in rules.values()):
         raise fields.fail("dynamic", "absent, or a list of modules left out; settings of single linears are not supported")
-    for name, low in (("group_size", -1), ("group_num", -1)):
-        fields.integer(name, low, MAX_SIDE)
+    given = [name for name in ("group_size", "group_num") if fields.integer(name, -1, MAX_SIDE) != -1]
+    if len(given) > 1 or any(config[name] == 0 for name in given):
+        raise fields.fail(given[0], "-1, or the only one of group_size and group_num that is positive")
     share = config.get("npercent")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 100:
         raise fields.fail("npercent", "a percentage")

@@ -85,6 +85,8 @@ def test_groups_follow_from_the_columns(columns, change, expected):
         ({"format": "gptq"}, "format"),
         ({"npercent": "5"}, "npercent must be a percentage"),
         ({"group_num": 0.5}, "group_num must be an integer"),
+        ({"group_num": 2, "group_size": 8}, "group_size must be -1, or the only one"),
+        ({"group_num": 0}, "group_num must be -1, or the only one"),
         ({"dynamic": {"a": {"vector_lens": [-1, 4]}}}, "settings of single linears"),
         ({"smooth_quant": 1}, "unknown field 'smooth_quant'"),
     ],

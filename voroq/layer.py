@@ -51,6 +51,18 @@ class QuantLinear(nn.Module):
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
 
+    def become(self, packed: Packed) -> None:
+        """Hold `packed` instead, in place: modules and parameters that stay keep their hooks."""
+        for stored in self.spec.layout():
+            if stored.name not in packed.tensors:
+                delattr(self, stored.name.partition(".")[0])
+        for name, tensor in packed.tensors.items():
+            head, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(head) if head else self
+            if owner._parameters.get(leaf) is not tensor:
+                owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        self.spec = packed.spec
+
     def packed(self) -> Packed:
         """The layer's tensors with their spec, not copied."""
         return Packed(self.spec, {stored.name: self._get(stored.name) for stored in self.spec.layout()})

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from voroq.cli import chat, demo, evaluate, inspection, methods, quantize, rotate
+from voroq.cli import chat, convert, demo, evaluate, inspection, methods, quantize, rotate
 from voroq.cli.console import error_line
 from voroq.errors import VoroqError
 
@@ -40,6 +40,8 @@ for name, function in {
     "rotate": rotate.rotate,
     "eval": evaluate.evaluate,
     "inspect": inspection.inspect,
+    "convert": convert.convert,
+    "verify": convert.verify,
     "generate": chat.generate,
     "chat": chat.chat,
     "methods": methods.methods,
@@ -62,7 +64,10 @@ def root(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 bad input (one line says what and why), 130 interrupted. Bugs keep their traceback."""
+    """Run one command and exit: 0 done, 1 defects found, 2 bad input (one line says what and why), 130 interrupted.
+
+    Bugs keep their traceback.
+    """
     # Waiting threads sleep instead of spinning: with anything else on the cores, spinning makes torch ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if argv is None else argv

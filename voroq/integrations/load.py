@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from voroq.errors import FormatError, VoroqError
 from voroq.integrations.transformers import register
-from voroq.packed.checkpoint import Folder, specs_from_config
+from voroq.packed.checkpoint import Folder, quantization_of, specs_from_config
 from voroq.packed.hub import locate
 from voroq.packed.shards import read_json, tensors_in
 
@@ -49,7 +49,10 @@ def load(
         except Exception as error:  # the tokenizers package raises nothing narrower for a damaged file
             raise VoroqError(f"{folder_or_id} has no tokenizer that transformers can read: {_first_line(error)}") from error
         try:
-            model = model_class.from_pretrained(path, dtype=dtype or "auto", device_map=place, trust_remote_code=trust_remote_code)
+            options = {"dtype": dtype or "auto", "device_map": place, "trust_remote_code": trust_remote_code}
+            if folder.specs is not None and "quantization_config" not in folder.config:
+                options["config"] = _config_with_quantization(folder, trust_remote_code=trust_remote_code)
+            model = model_class.from_pretrained(path, **options)
         except VoroqError:
             raise
         except Exception as error:  # a config that makes no sense fails in transformers with whatever it comes to
@@ -67,7 +70,7 @@ def check_folder(path: Path) -> Folder:
     if not (path / "config.json").is_file():
         raise VoroqError(f"{path} has no config.json; give the folder of a Hugging Face model")
     config = read_json(path / "config.json")
-    quantization = config.get("quantization_config")
+    quantization = quantization_of(config)
     tensors = tensors_in(path)
     _check_depth(path, config, len(tensors))
     if quantization is None:
@@ -79,7 +82,7 @@ def check_folder(path: Path) -> Folder:
         specs = specs_from_config(quantization)
     except FormatError as error:
         raise FormatError(f"{path / 'config.json'}: {error}") from error
-    return Folder(path, config, specs, tensors)
+    return Folder(path, config, specs.naming(tensors), tensors)
 
 
 def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
@@ -88,6 +91,15 @@ def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
         for name, value in part.items():
             if name.endswith(("layers", "n_layer", "depth")) and type(value) is int and value > tensors:
                 raise FormatError(f"{path / 'config.json'}: {name} is {value!r:.60}, the files hold only {tensors} tensors")
+
+
+def _config_with_quantization(folder: Folder, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The model's config with its quantization config where transformers looks for it; older files have it elsewhere."""
+    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
+    config.quantization_config = quantization_of(folder.config)
+    if hasattr(config, "quant_config"):
+        del config.quant_config
+    return config
 
 
 def _device_map(device: str) -> Any:

@@ -22,12 +22,16 @@ from voroq.experts import is_stacked, unstack_experts
 from voroq.integrations.compat import came_from_checkpoint, names_in_model
 from voroq.layer import QuantLinear
 from voroq.packed.base import MAX_SIDE, Packed, Spec
-from voroq.packed.checkpoint import SpecTable, check_listing, check_packed, specs_from_config
+from voroq.packed.checkpoint import SpecTable, check_listing, check_packed, coverage_defects, quantization_config, specs_from_config
+from voroq.packed.legacy import modern
 from voroq.packed.shards import TensorInfo, read_header
 
 
 class VoroqConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a folder, kept field by field as it is on disk, so that saving loses nothing."""
+    """The `quantization_config` of a folder, kept field by field as it is on disk, so that saving loses nothing.
+
+    Linears of older layouts become current ones while loading, and the config with them.
+    """
 
     def __init__(self, quant_method: str, **fields: Any) -> None:
         self.quant_method = quant_method
@@ -37,6 +41,10 @@ class VoroqConfig(QuantizationConfigMixin):
     def specs(self) -> SpecTable:
         """Raises FormatError naming module and field for anything out of bounds."""
         return specs_from_config(self.to_dict())
+
+    def become(self, config: dict[str, Any]) -> None:
+        self.__dict__.clear()
+        self.__dict__.update(config)
 
 
 class VoroqQuantizer(HfQuantizer):
@@ -48,6 +56,7 @@ class VoroqQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.table = quantization_config.specs()
         self.stacks: dict[str, nn.Module] = {}
+        self.names: dict[str, str] = {}
         self.listing: dict[str, TensorInfo] = {}
         self.dtypes: dict[str, torch.dtype] = {}
 
@@ -62,8 +71,13 @@ class VoroqQuantizer(HfQuantizer):
         infos = _headers(checkpoint_files or [])
         if infos:
             _check_stacks(model, infos)
-        for place, spec in _sites(model, self.table, self.stacks).items():
+        self.table = self.table.naming(infos)
+        if infos and _is_saved_class(model):
+            for problem in coverage_defects(self.table, self.table.stored(infos)):
+                raise FormatError(problem)
+        for place, (name, spec) in _sites(model, self.table, self.stacks).items():
             linear = model.get_submodule(place)
+            self.names[place] = name
             self.dtypes[place] = linear.weight.dtype
             model.set_submodule(place, QuantLinear(spec, bias=linear.bias is not None, dtype=linear.weight.dtype, device="meta"))
         self.listing = {place: infos[name] for name, place in names_in_model(model, infos).items()}
@@ -75,15 +89,32 @@ class VoroqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         _check_all_loaded(model)
+        changed = self.table.blanket is not None
         for name, layer in quant_linears(model).items():
             packed = layer.packed()
-            if any(tensor.is_meta for tensor in packed.tensors.values()):  # offloaded: look at the file
-                packed = Packed(packed.spec, {local: self.listing[f"{name}.{local}"].load() for local in packed.tensors})
-            check_packed(name, packed)
+            if any(tensor.is_meta for tensor in packed.tensors.values()):  # offloaded: look at the file, and leave the layer as it is
+                check_packed(name, Packed(packed.spec, {local: self.listing[f"{name}.{local}"].load() for local in packed.tensors}))
+            else:
+                check_packed(name, packed)
+                changed |= modern(packed).spec is not packed.spec
+                layer.become(modern(packed))
             layer.requires_grad_(False)
-            for parameter in layer.parameters():  # older releases keep the file's type for tensors that they rename
-                if parameter.is_floating_point():
+            codes = {stored.name for stored in layer.spec.layout() if not stored.real}
+            for local, parameter in layer.named_parameters():  # older releases keep the file's type for tensors that they rename
+                if local not in codes and parameter.is_floating_point():
                     parameter.data = parameter.data.to(self.dtypes[name])
+        if changed:
+            self._renew_config(model)
+
+    def _renew_config(self, model: nn.Module) -> None:
+        """Describe the layers as they are now, so that saving writes what is there."""
+        layers = {self.names[place]: layer for place, layer in quant_linears(model).items()}
+        biased = {name for name, layer in layers.items() if layer.bias is not None}
+        specs = {name: layer.spec for name, layer in layers.items()}
+        self.quantization_config.become(quantization_config(self.table.method, specs, biased))
+        text = model.config.get_text_config(decoder=True)
+        if text is not model.config and hasattr(text, "quantization_config"):
+            del text.quantization_config
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in quant_linears(model).items():
@@ -104,24 +135,26 @@ def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def _sites(model: nn.Module, table: SpecTable, stacks: dict[str, nn.Module]) -> dict[str, Spec]:
-    """The linears to replace and their specs. Stacked experts that `table` names are unstacked first, and kept in `stacks`.
+def _sites(model: nn.Module, table: SpecTable, stacks: dict[str, nn.Module]) -> dict[str, tuple[str, Spec]]:
+    """The linears to replace, each with its name in the config and its spec.
 
-    Raises FormatError for a name that the model does not have.
+    Stacked experts that `table` names are unstacked first, and kept in `stacks`. Raises FormatError for a name that the model does
+    not have.
     """
-    sites: dict[str, Spec] = {}
+    sites: dict[str, tuple[str, Spec]] = {}
+    renamed = names_in_model(model, [f"{name}.weight" for name in table.names])
     for name in table.names:
         if "." not in name and not _is_saved_class(model):
             continue  # a head that this class of model does without
-        place = _place(model, name)
+        place = _place(model, name, renamed[f"{name}.weight"].removesuffix(".weight"))
         module = _unstacked(model, place, stacks)
         if not isinstance(module, nn.Linear):
             found = "has none" if module is None else f"has a {type(module).__name__}"
             raise FormatError(f"the quantization config names a linear {name}, where the model ({type(model).__name__}) {found}")
-        sites[place] = table.lookup(name, tuple(module.weight.shape))
+        sites[place] = name, table.lookup(name, tuple(module.weight.shape))
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in sites and table.lookup(name) is not None:
-            sites[name] = table.lookup(name, tuple(module.weight.shape))
+        if isinstance(module, nn.Linear) and name not in sites and table.entry(name) is not None:
+            sites[name] = name, table.lookup(name, tuple(module.weight.shape))
     return sites
 
 
@@ -131,11 +164,12 @@ def _is_saved_class(model: nn.Module) -> bool:
     return isinstance(names, list) and type(model).__name__ in names
 
 
-def _place(model: nn.Module, name: str) -> str:
-    """`name` in `model`, which may be the base model of the one that was saved, or the other way round."""
+def _place(model: nn.Module, name: str, renamed: str) -> str:
+    """`name` in `model`, which may be the base model of the one that was saved, or the other way round; the loader calls it `renamed`."""
     prefix = f"{model.base_model_prefix}."
     places = [name, prefix + name, name.removeprefix(prefix)]
-    return next((place for place in places if _get(model, place.split(".", 1)[0]) is not None), name)
+    exact = (place for place in [*places, renamed] if isinstance(_get(model, place), nn.Linear))
+    return next(exact, next((place for place in places if _get(model, place.split(".", 1)[0]) is not None), name))
 
 
 def _unstacked(model: nn.Module, place: str, stacks: dict[str, nn.Module]) -> nn.Module | None:

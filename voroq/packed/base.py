@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from voroq.errors import FormatError
@@ -108,8 +108,10 @@ def as_int16(values: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     return torch.where(values >= 1 << 15, values - (1 << 16), values).to(torch.int16)
 
 
-def from_int16(values: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """Inverse of `as_int16`; wider integers pass unchanged."""
+def from_int16(values: Shaped[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Inverse of `as_int16`; float16 are such numbers under another name, other integers pass unchanged."""
+    if values.dtype == torch.float16:
+        values = values.view(torch.int16)
     return values.long() & 0xFFFF if values.dtype == torch.int16 else values.long()
 
 

@@ -18,10 +18,12 @@ from voroq.quantized import Band, Quantized, Tile
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
+from voroq.transform.rows import RowAffine
 
 
-def random_transform(columns: int, steps: tuple[str, ...], rng: torch.Generator) -> Chain:
+def random_transform(columns: int, steps: tuple[str, ...], rng: torch.Generator, out: int = 0) -> Chain:
     made = {
+        "rows": lambda: RowAffine(torch.rand(out, generator=rng) + 0.5, torch.randn(out, generator=rng) / 8),
         "affine": lambda: ColumnAffine(torch.rand(columns, generator=rng) + 0.5, torch.randn(columns, generator=rng) / 8),
         "permute": lambda: Permute(torch.randperm(columns, generator=rng)),
     }
@@ -51,7 +53,7 @@ def random_vptq(
     edges = torch.linspace(size, columns, groups + 1).long().tolist()
     for start, stop in pairwise(edges):
         bands.append(random_band(start, stop, Tile(v, 1), random_table(sizes, v, rng), out, rng))
-    transform = random_transform(columns, tuple(steps), rng)
+    transform = random_transform(columns, tuple(steps), rng, out)
     return Quantized((out, columns), transform, tuple(band for band, _ in bands), tuple(codes for _, codes in bands))
 
 

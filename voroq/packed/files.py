@@ -79,6 +79,12 @@ def write_json(path: str | Path, value: Any) -> str:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def publish_folder(made: Path, final: Path) -> None:
+    """Give a finished folder its name. Raises OSError if something that is not an empty folder has it already."""
+    os.replace(made, final)
+    _sync_folder(final.parent)
+
+
 def sha256_of(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,11 +7,13 @@
 """
 
 from math import prod
+from typing import Any
 
 import torch
 
 from voroq.errors import FormatError
 from voroq.packed.base import Packed, Role, Spec
+from voroq.packed.legacy import OldSpec, vptq_from_json
 from voroq.packed.native_format import NativeSpec
 from voroq.packed.vptq_format import VptqSpec
 from voroq.quantized import Quantized, narrow
@@ -35,6 +37,15 @@ def spec_type(layout: str) -> type[VptqSpec] | type[NativeSpec]:
     if layout not in LAYOUTS:
         raise FormatError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
     return LAYOUTS[layout]
+
+
+def spec_from_json(layout: str, data: Any, module: str, shape: tuple[int, int] | None = None) -> VptqSpec | OldSpec | NativeSpec:
+    """The spec of a config's entry for `module`, old layouts included. Raises FormatError naming module and field.
+
+    `shape` (out, in) of the model's linear, if known, must agree.
+    """
+    read = vptq_from_json if spec_type(layout) is VptqSpec else NativeSpec.from_json
+    return read(data, module, shape)
 
 
 def total_bytes(packed: Packed) -> int:

@@ -136,7 +136,7 @@ def swapped(q: Quantized) -> Quantized:
     ("make", "layout", "message"),
     [
         (lambda: random_gptq(8, 16, 0), "vptq", "without scale and zero"),
-        (lambda: swapped(random_vptq(8, 16, 0, steps=("affine", "permute"))), "vptq", "ColumnAffine, then a Permute"),
+        (lambda: swapped(random_vptq(8, 16, 0, steps=("affine", "permute"))), "vptq", "holds scales, then a Permute"),
         (lambda: random_vptq(8, 16, 0, sizes=(4, 8)), "vptq", "residual table larger"),
         (lambda: random_vptq(8, 16, 0, sizes=(4, 4, 4)), "vptq", "two-stage residual"),
         (lambda: random_vptq(8, 16, 0, outliers=(3, 1, 4)), "vptq", "vectors of at least 2"),
@@ -192,7 +192,7 @@ RUN = NATIVE["bands"][0]
         ({"in_features": 1 << 40}, "in_features"),
         ({"is_indice_packed": False}, "is_indice_packed"),
         ({"indices_as_float": True}, "indices_as_float"),
-        ({"norm_dim": 1}, "norm_dim"),
+        ({"norm_dim": 2}, "norm_dim"),
         ({"vector_quant_dim": "in"}, "vector_quant_dim"),
         ({"enable_perm": None}, "enable_perm"),
         ({"bias": "yes"}, "bias"),

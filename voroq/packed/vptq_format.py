@@ -5,7 +5,7 @@ p = outlier_size + t * group_size + c. Vectors run down the output: code m of a 
 
     w[:, perm[p]] = stored[:, p]         then         w = w * weight_scale + weight_bias      (both in original column order)
 
-Only what the published models use is read: packed indices, tables of a power of two, normalisation per column.
+This is the current layout: packed indices. `legacy.py` reads the older ones and turns them into this one.
 """
 
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ from voroq.quantized import Band, Quantized, Tile
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
+from voroq.transform.rows import RowAffine
 
 MAX_PERMUTED = 1 << 16
 """Columns that a permutation of 16-bit numbers can name."""
@@ -51,7 +52,8 @@ class Outliers:
 class VptqSpec:
     """One linear of shape (out, in): `groups` bands of equal width, vectors of `vector` weights down the output.
 
-    `k` centroids per table, `residual` centroids in the second stage (None: a single stage).
+    `k` centroids per table, `residual` centroids in the second stage (None: a single stage). `norm`: a scale and a shift for
+    every column (`norm_dim` 0) or every row (1).
     """
 
     shape: tuple[int, int]
@@ -62,6 +64,7 @@ class VptqSpec:
     outliers: Outliers | None
     norm: bool
     perm: bool
+    norm_dim: int = 0
 
     method: ClassVar[str] = "vptq"
 
@@ -90,11 +93,11 @@ class VptqSpec:
         if self.outliers is not None:
             o = self.outliers
             stored.append(Stored("outlier_centroids.weight", (1, o.k * o.vector), Role.TABLE))
-            stored.append(Stored("outlier_indices", (1, -(-out // o.vector), o.columns), Role.CODES, (torch.int16,), limit=o.k))
+            stored.append(Stored("outlier_indices", (1, -(-out // o.vector), o.columns), Role.CODES, (torch.int16, torch.int32), limit=o.k))
         if self.perm:
-            stored.append(Stored("perm", (columns,), Role.PERM, (torch.int16, torch.int64)))
+            stored.append(Stored("perm", (columns,), Role.PERM, (torch.int16, torch.int32, torch.int64)))
         if self.norm:
-            stored += [Stored("weight_scale", (columns,), Role.SCALE), Stored("weight_bias", (columns,), Role.SCALE)]
+            stored += [Stored(name, (self.shape[1 - self.norm_dim],), Role.SCALE) for name in ("weight_scale", "weight_bias")]
         return tuple(stored)
 
     def to_json(self, *, bias: bool = False) -> dict[str, Any]:
@@ -103,7 +106,7 @@ class VptqSpec:
             *(self.shape[1], self.shape[0], [o.vector if o else -1, self.vector], [o.k if o else -1, self.k], [-1, self.residual or -1]),
             *(self.groups, self.group_size, self._outlier_size, self.norm, self.perm, True, False, bias),
         ]
-        return dict(zip(_WRITTEN, values, strict=True))
+        return dict(zip(_WRITTEN, values, strict=True)) | ({"norm_dim": self.norm_dim} if self.norm_dim else {})
 
     @staticmethod
     def from_json(data: Any, module: str, shape: tuple[int, int] | None = None) -> "VptqSpec":
@@ -137,7 +140,8 @@ class VptqSpec:
         norm, perm = fields.boolean("enable_norm"), fields.boolean("enable_perm")
         if perm and columns > MAX_PERMUTED:
             raise fields.fail("enable_perm", f"false for more than {MAX_PERMUTED} columns")
-        spec = VptqSpec((out, columns), vectors[1], k, residual, groups, outliers, norm, perm)
+        norm_dim = fields.integer("norm_dim", 0, 1) if norm and fields.data.get("norm_dim") is not None else 0
+        spec = VptqSpec((out, columns), vectors[1], k, residual, groups, outliers, norm, perm, norm_dim)
         base.check_bounds(spec, module)
         return spec
 
@@ -161,7 +165,9 @@ class VptqSpec:
             if len(outlier_sizes) > 1 or outlier_vector < 2:
                 raise FormatError("the vptq layout needs outliers in vectors of at least 2, without residual; use the native layout")
             outliers = Outliers(size, outlier_vector, outlier_sizes[0])
-        return VptqSpec((out, columns), vector, sizes[0], sizes[1] if len(sizes) == 2 else None, len(rest), outliers, norm, perm)
+        residual = sizes[1] if len(sizes) == 2 else None
+        norm_dim = int(norm is RowAffine)
+        return VptqSpec((out, columns), vector, sizes[0], residual, len(rest), outliers, norm is not None, perm, norm_dim)
 
     def pack(self, q: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
         bands, codes = list(q.bands), list(q.codes)
@@ -196,9 +202,10 @@ class VptqSpec:
             start = self._outlier_size + t * self.group_size
             bands.append(Band(start, start + self.group_size, Tile(self.vector, 1), codebook))
             codes.append(base.split_streams(unpack_bits(tensors["indices"][t], sum(self.widths), self.group_size), self.widths))
-        steps: list[ColumnAffine | Permute] = []
+        steps: list[ColumnAffine | RowAffine | Permute] = []
         if self.norm:
-            steps.append(ColumnAffine(tensors["weight_scale"].float(), tensors["weight_bias"].float()))
+            affine = RowAffine if self.norm_dim else ColumnAffine
+            steps.append(affine(tensors["weight_scale"].float(), tensors["weight_bias"].float()))
         if self.perm:
             steps.append(Permute(from_int16(tensors["perm"])))
         return Quantized(self.shape, Chain(tuple(steps)), tuple(bands), tuple(codes))
@@ -216,7 +223,7 @@ def _shape(fields: Fields, known: tuple[int, int] | None) -> tuple[int, int]:
 
 def _refuse_variants(fields: Fields) -> None:
     """Variants of the format that hold something else under the same names."""
-    wanted = {"is_indice_packed": (True,), "indices_as_float": (False, None), "norm_dim": (0, None), "vector_quant_dim": ("out", None)}
+    wanted = {"is_indice_packed": (True,), "indices_as_float": (False, None), "vector_quant_dim": ("out", None)}
     wanted |= {"enable_proxy_error": (False, None), "bias": (True, False, None)}
     for name, values in wanted.items():
         value = fields.data.get(name)
@@ -230,13 +237,14 @@ def _power_of_two(fields: Fields, name: str, size: int) -> int:
     return size
 
 
-def _steps(transform: Chain) -> tuple[bool, bool]:
-    """Whether `transform` scales and whether it permutes. Raises FormatError unless it is [ColumnAffine]?[Permute]?."""
+def _steps(transform: Chain) -> tuple[type[ColumnAffine | RowAffine] | None, bool]:
+    """How `transform` scales and whether it permutes. Raises FormatError unless it is [ColumnAffine or RowAffine]?[Permute]?."""
     kinds = tuple(type(step) for step in transform.steps)
-    if kinds not in ((), (ColumnAffine,), (Permute,), (ColumnAffine, Permute)):
+    norm = kinds[0] if kinds and kinds[0] in (ColumnAffine, RowAffine) else None
+    if kinds[norm is not None :] not in ((), (Permute,)):
         names = ", ".join(kind.__name__ for kind in kinds)
-        raise FormatError(f"the vptq layout holds a ColumnAffine, then a Permute, both optional; got {names}; use the native layout")
-    return ColumnAffine in kinds, Permute in kinds
+        raise FormatError(f"the vptq layout holds scales, then a Permute, both optional; got {names}; use the native layout")
+    return norm, Permute in kinds
 
 
 def _kind(band: Band) -> tuple[int, tuple[int, ...], int]:

@@ -14,6 +14,7 @@ from voroq.errors import VoroqError
 from voroq.packed.base import Spec
 from voroq.packed.checkpoint import Folder, open_folder
 from voroq.packed.codebooks import GridForm
+from voroq.packed.legacy import OldSpec
 from voroq.packed.native_format import NativeSpec, Run
 from voroq.packed.vptq_format import VptqSpec
 
@@ -68,6 +69,10 @@ def inspect_folder(path: str | Path) -> Inspection:
     if not (Path(path) / "config.json").is_file():
         raise VoroqError(f"{path} has no config.json: give the folder of a model")
     folder = open_folder(path)
+    if folder.specs is not None and any(folder.specs.lacks_shape(name) for name in folder.names()):
+        from voroq.integrations.shapes import open_model_folder  # brings transformers, which nothing else here needs
+
+        folder = open_model_folder(path)
     report = read_report(path)
     losses = {site.get("name"): site.get("loss") for site in report.get("sites", []) if isinstance(site, dict)}
     specs = folder.sites()
@@ -117,13 +122,15 @@ def _site(folder: Folder, name: str, spec: Spec, loss: float | None) -> Site:
 
 def settings(spec: Spec) -> str:
     """A spec in the field's shorthand: "v4 k256+16 perm" is vectors of 4, 256 centroids, 16 residual ones, a stored permutation."""
+    if isinstance(spec, OldSpec):
+        return f"{settings(spec.current)} {'unpacked' if spec.unpacked else 'old'}"
     if isinstance(spec, VptqSpec):
         words = [f"v{spec.vector} k{spec.k}" + ("" if spec.residual is None else f"+{spec.residual}")]
         if spec.groups > 1:
             words.append(f"{spec.groups} groups")
         if spec.outliers is not None:
             words.append(f"{spec.outliers.columns} outliers v{spec.outliers.vector} k{spec.outliers.k}")
-        words += ["norm"] if spec.norm else []
+        words += ["row norm" if spec.norm_dim else "norm"] if spec.norm else []
         words += ["perm"] if spec.perm else []
         return " ".join(words)
     if isinstance(spec, NativeSpec):

@@ -4,6 +4,7 @@ Laws (`laws_test.py`), for every transform t:
     t.restore(t.weight(w)) == w
     t.linear(x, lambda x: x @ t.weight(w).T) == x @ w.T
     tr(E H E.T) is the same on both sides: E = w - restore(w'), E' = weight(w) - w', with H' = hessian(H)
+    (`RowAffine` only scales each row's share of it, which leaves every row's best rounding what it was)
 """
 
 from collections.abc import Callable

@@ -9,6 +9,7 @@ from voroq.transform.base import Transform
 from voroq.transform.chain import Chain
 from voroq.transform.hadamard import Hadamard
 from voroq.transform.permute import Permute
+from voroq.transform.rows import RowAffine
 
 OUT, IN = 6, 12
 
@@ -19,6 +20,10 @@ def rng(value: int = 0) -> torch.Generator:
 
 def affine() -> ColumnAffine:
     return ColumnAffine(torch.rand(IN, generator=rng(), dtype=torch.float64) + 0.5, torch.randn(IN, generator=rng(1), dtype=torch.float64))
+
+
+def rows() -> RowAffine:
+    return RowAffine(torch.rand(OUT, generator=rng(3), dtype=torch.float64) + 0.5, torch.randn(OUT, generator=rng(4), dtype=torch.float64))
 
 
 TRANSFORMS = {
@@ -33,9 +38,13 @@ TRANSFORMS = {
 }
 
 
-@pytest.fixture(params=TRANSFORMS, name="t")
+ROWS = {"rows": rows, "rows, permute": lambda: Chain((rows(), Permute(torch.randperm(IN, generator=rng(2)))))}
+"""These scale each row's loss by its own factor."""
+
+
+@pytest.fixture(params=[*TRANSFORMS, *ROWS], name="t")
 def _t(request) -> Transform:
-    return TRANSFORMS[request.param]()
+    return (TRANSFORMS | ROWS)[request.param]()
 
 
 def matrix(seed: int, rows: int = OUT) -> torch.Tensor:
@@ -51,11 +60,22 @@ def test_linear_with_the_transformed_weight_is_the_linear(t: Transform):
     torch.testing.assert_close(t.linear(x, lambda inner: inner @ t.weight(w).T), x @ w.T)
 
 
-def test_proxy_loss_is_the_same_on_both_sides(t: Transform):
+@pytest.mark.parametrize("t", TRANSFORMS)
+def test_proxy_loss_is_the_same_on_both_sides(t: str):
+    t = TRANSFORMS[t]()
     w, error, x = matrix(3), matrix(5), matrix(6, rows=40)
     h = x.T @ x
     outside = w - t.restore(t.weight(w) - error)
     torch.testing.assert_close(proxy_loss(outside, h).sum(), proxy_loss(error, t.hessian(h)).sum())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_scales_scale_the_loss_of_each_row(name: str):
+    t, w, error, x = ROWS[name](), matrix(3), matrix(5), matrix(6, rows=40)
+    h = x.T @ x
+    outside = w - t.restore(t.weight(w) - error)
+    inside = torch.einsum("oi,ij,oj->o", error, t.hessian(h), error)
+    torch.testing.assert_close(torch.einsum("oi,ij,oj->o", outside, h, outside), rows().scale ** 2 * inside)
 
 
 def test_tensors_go_out_and_in_again(t: Transform):

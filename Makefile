@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/voroq demo --out demo-output
 
 test: $(VENV)/installed
-	$(BIN)/ruff check voroq tests benchmarks examples conformance
+	$(BIN)/ruff check voroq tests benchmarks examples
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The other end of the supported transformers window.
@@ -22,7 +22,7 @@ conformance: $(VENV)/installed .venv-conformance/installed
 	VOROQ_RESULTS=conformance/results.txt $(BIN)/python -m pytest -c conformance/pytest.ini --rootdir conformance conformance
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check voroq tests benchmarks examples conformance
+	$(BIN)/ruff check voroq tests benchmarks examples
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

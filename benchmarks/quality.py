@@ -10,10 +10,12 @@ quantized, reloaded from disk and measured by this run. gap = mean over the text
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from common import arguments, publish
 
 from voroq.evaluation.compare import compare
+from voroq.pipeline.effort import EFFORTS
 from voroq.pipeline.plan import make_plan
 from voroq.pipeline.run import quantize_model
 from voroq.pipeline.text import DEMO_MODEL
@@ -27,10 +29,10 @@ REFERENCE = {
     "GPTQ w4 g128 act-order": (4.190, (39.99, 39.19, 93.43)),
 }
 OURS = {
-    "VPTQ v4 k256": ("vptq", 2.107, {}),
-    "VPTQ v2 k64": ("vptq", 3.043, {}),
-    "GPTQ w3 g128 act-order mse": ("gptq", None, {"bits": "3", "group_size": "128"}),
-    "GPTQ w4 g128 act-order": ("gptq", None, {"bits": "4", "group_size": "128"}),
+    "VPTQ v4 k256": [("vptq", 2.107, {}, "fast"), ("vptq", 2.107, {}, "balanced"), ("vptq", 2.107, {}, "best")],
+    "VPTQ v2 k64": [("vptq", 3.043, {}, "fast"), ("vptq", 3.043, {}, "balanced")],
+    "GPTQ w3 g128 act-order mse": [("gptq", None, {"bits": "3", "group_size": "128"}, "fast")],
+    "GPTQ w4 g128 act-order": [("gptq", None, {"bits": "4", "group_size": "128"}, "fast")],
 }
 
 
@@ -38,30 +40,35 @@ def gap(perplexities: tuple[float, ...]) -> float:
     return sum(math.log(a / b) for a, b in zip(perplexities, FULL, strict=True)) / len(FULL)
 
 
+def _row(who: str, setting: str, bits: float, found: tuple[float, ...]) -> dict[str, Any]:
+    texts = dict(zip(TEXTS, found, strict=True))
+    return {"row": who, "setting": setting, "bpw": bits, **texts, "gap": gap(found), "kl": None, "seconds": None}
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="the settings whose name holds this")
+    parser.add_argument("--effort", default="", choices=["", *EFFORTS], help="only the rows of this effort")
     args = parser.parse_args()
     samples, windows = (32, 10) if args.quick else (512, 100)
     rows = []
     for name, (reference_bits, reference) in REFERENCE.items():
-        if args.only not in name:
-            continue
-        method, bits, options = OURS[name]
-        rows.append(dict(row="reference", setting=name, bpw=reference_bits, wikitext2=reference[0], books=reference[1], c4=reference[2],
-                         gap=gap(reference), kl=None, seconds=None))  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            out = str(Path(folder) / "model")
-            report = quantize_model(
-                DEMO_MODEL, out, make_plan(method, bits, options), calibration="calibration-c4", samples=samples, context=256
-            )
-            measured = compare(
-                out, list(TEXTS), against=DEMO_MODEL, context=256, windows=windows, opening={"device": "cpu", "dtype": "float32"}
-            )
-        label = f"{method} --bits {bits}" if bits else f"{method}, the same"
-        found = tuple(text.perplexity for text in measured.texts)
-        rows.append(dict(row="voroq", setting=label, bpw=report["bits_per_weight"], wikitext2=found[0], books=found[1],
-                         c4=found[2], gap=gap(found), kl=measured.kl, seconds=report["seconds"]))  # fmt: skip
+        chosen = [row for row in OURS[name] if args.only in name and args.effort in ("", row[3])]
+        if chosen:
+            rows.append(_row("reference", name, reference_bits, reference))
+        for method, bits, options, effort in chosen:
+            with tempfile.TemporaryDirectory() as folder:
+                out, work = str(Path(folder) / "model"), EFFORTS[effort]
+                plan = make_plan(method, bits, work.completed(method, options))
+                text = {"calibration": "calibration-c4", "samples": samples, "context": 256}
+                report = quantize_model(DEMO_MODEL, out, plan, **text, tuning=work.tuning)
+                opening = {"device": "cpu", "dtype": "float32"}
+                measured = compare(out, list(TEXTS), against=DEMO_MODEL, context=256, windows=windows, opening=opening)
+            label = f"{method} --bits {bits}" if bits else f"{method}, the same"
+            found = tuple(text.perplexity for text in measured.texts)
+            row = _row("voroq", f"{label} --effort {effort}", report["bits_per_weight"], found)
+            rows.append({**row, "kl": measured.kl, "seconds": report["seconds"]})
+            print(rows[-1], flush=True)
     publish("bundled model, context 256, total bits per weight", rows, args, samples=samples, windows=windows)
 
 

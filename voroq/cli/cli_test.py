@@ -13,9 +13,11 @@ from voroq.cli import main
 from voroq.cli.app import app
 from voroq.cli.quantize import parse_options
 from voroq.errors import FormatError, VoroqError
+from voroq.pipeline.effort import EFFORTS
 from voroq.pipeline.text import DEMO_MODEL
 
-REPORT = {"source": "in", "bits_per_weight": 2.05, "seconds": 75.0, "peak_memory": {"rss": 10**9, "cuda": None}}
+REPORT = {"source": "in", "bits_per_weight": 2.05, "seconds": 75.0, "peak_memory": {"rss": 10**9, "cuda": None},
+          "tuning": {"kl_before": 0.09, "kl_after": 0.05}}  # fmt: skip
 
 
 def run(*argv: object) -> int:
@@ -69,7 +71,7 @@ assert not heavy, heavy
 
 def test_every_command_has_help_with_examples_and_json():
     runner = CliRunner()
-    commands = ["quantize", "eval", "inspect", "generate", "chat", "methods", "demo"]
+    commands = ["quantize", "rotate", "eval", "inspect", "generate", "chat", "methods", "demo"]
     listed = runner.invoke(app, ["--help"]).stdout
     for command in commands:
         assert command in listed
@@ -93,13 +95,21 @@ def test_quantize_passes_everything_on(library, capsys):
     assert args == ("in", "out", "the plan")
     assert kwargs == {
         "calibration": "c.txt", "samples": 7, "context": 33, "mode": "sequential", "device": "cpu", "seed": 5,
-        "resume": True, "revision": "abc", "trust_remote_code": True,
+        "resume": True, "revision": "abc", "trust_remote_code": True, "tuning": None,
     }  # fmt: skip
     assert type(kwargs["mode"]) is str
     out, err = capsys.readouterr()
     assert json.loads(out) == REPORT
     assert "block 1/2  layers.0.q_proj  loss 0.0213  0.5 s  ETA" in err
     assert "warning: a [warning]" in err
+
+
+def test_effort_is_a_tuning_and_options_that_yield_to_the_users(library):
+    run("quantize", "in", "out", "--effort", "balanced")
+    assert library.call[1]["tuning"] == EFFORTS["balanced"].tuning is not None
+    run("quantize", "in", "out", "--effort", "best", "-o", "rounds=7")
+    assert library.call[1]["tuning"] == EFFORTS["best"].tuning
+    assert library.plan == ("vptq", None, {**EFFORTS["best"].options["vptq"], "rounds": "7"})
 
 
 def test_absent_bits_are_left_to_the_plan(library):
@@ -112,6 +122,7 @@ def test_quantize_without_json_says_what_was_made(library, capsys):
     out = capsys.readouterr().out
     assert "2.050" in out
     assert "1 min 15 s" in out
+    assert "0.0900 -> 0.0500" in out
     assert "voroq eval out --against in" in out
 
 
@@ -150,6 +161,7 @@ def test_a_bug_keeps_its_traceback(library):
         (["quantize", "in", "out", "--seed", "-1"], "--seed"),
         (["quantize", "in", "out", "--bits", "two"], "--bits"),
         (["quantize", "in", "out", "--mode", "both"], "--mode"),
+        (["quantize", "in", "out", "--effort", "most"], "--effort"),
         (["quantize", "in", "out", "--option", "damping"], "not KEY=VALUE"),
         (["quantize", "in", "out", "-o", "damping=1", "-o", "damping=2"], "given twice"),
         (["eval", DEMO_MODEL, "--context", "1"], "--context"),
@@ -277,3 +289,23 @@ def test_chat_answers_each_line_until_quit(capsys, monkeypatch):
     replies = [json.loads(line) for line in out.splitlines()]
     assert [reply["role"] for reply in replies] == ["assistant", "assistant"]
     assert "no chat template" in err
+
+
+def test_rotate_passes_everything_on_and_says_what_was_done(monkeypatch, capsys):
+    seen = {}
+    report = {"source": "in", "width": 384, "block": 128, "readers": 26, "writers": 10, "heads": 5, "head_dim": 64, "untied": True}
+
+    def rotate_model(*args, progress, **kwargs):
+        seen.update(kwargs, args=args)
+        return {**report, "bytes": 22_000_000, "seconds": 3.0}
+
+    monkeypatch.setitem(sys.modules, "voroq.pipeline.rotate", SimpleNamespace(rotate_model=rotate_model))
+    assert run("rotate", "in", "out", "--no-heads", "--dtype", "float32", "--seed", 4, "--revision", "abc", "--trust-remote-code") == 0
+    assert seen == {
+        "args": ("in", "out"), "heads": False, "dtype": "float32", "seed": 4, "revision": "abc", "trust_remote_code": True,
+    }  # fmt: skip
+    out = capsys.readouterr().out
+    assert "in blocks of 128" in out and "no longer tied" in out and "voroq eval out --against in" in out
+    assert run("rotate", "in", "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["readers"] == 26
+    assert seen["heads"] is True and seen["dtype"] is None

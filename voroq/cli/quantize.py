@@ -17,6 +17,12 @@ class Mode(StrEnum):
     sequential = "sequential"
 
 
+class EffortName(StrEnum):
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
 Bits = Annotated[
     float | None,
     typer.Option(
@@ -68,6 +74,13 @@ def quantize(
     mode: Annotated[
         Mode, typer.Option(help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential).")
     ] = Mode.parallel,
+    effort: Annotated[
+        EffortName,
+        typer.Option(
+            help="fast: the method alone. balanced: then the whole model is tuned towards the original's logits (both in memory). "
+            "best: a longer search and a longer tuning."
+        ),
+    ] = EffortName.fast,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUT, settings unchanged.")] = False,
@@ -85,6 +98,8 @@ def quantize(
 
       voroq quantize meta-llama/Llama-3.2-1B out --bits 2.1
 
+      voroq quantize ./small-model out --bits 2.1 --effort balanced
+
       voroq quantize ./my-model out --method gptq --option bits=3 --option group_size=64
 
       voroq quantize ./my-model out --calibration my-text.jsonl --samples 256 --context 2048
@@ -93,9 +108,11 @@ def quantize(
     """
     pairs = parse_options(option or [])
     from voroq.front import quantize_model
+    from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
 
-    plan = make_plan(method, bits, pairs)
+    chosen = EFFORTS[effort.value]
+    plan = make_plan(method, bits, chosen.completed(method, pairs))
 
     with terminal_progress(err()) as progress:
         report = quantize_model(
@@ -109,6 +126,7 @@ def quantize(
             device=device,
             seed=seed,
             resume=resume,
+            tuning=chosen.tuning,
             revision=revision,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -123,6 +141,8 @@ def summary(report: dict, out: str) -> Table:
     table.add_row("bits per weight", f"{report['bits_per_weight']:.3f}")
     table.add_row("time", duration(report["seconds"]))
     table.add_row("peak memory", size(report["peak_memory"]["rss"]))
+    if report["tuning"]:
+        table.add_row("tuning", f"KL on held-out text {report['tuning']['kl_before']:.4f} -> {report['tuning']['kl_after']:.4f}")
     table.add_row("measure it", f"voroq eval {out} --against {report['source']}")
     table.add_row("try it", f'voroq generate {out} "Once"')
     return table

@@ -61,6 +61,48 @@ def test_greedy_stages_are_nearest_given_the_ones_before():
         left = left - stage.centroids[codes[:, s]]
 
 
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("metric", [False, True])
+def test_full_beam_is_exhaustive_search(stages: int, metric: bool):
+    tables = tuple(Table(torch.randn(k, 3, generator=rng(5 + k), dtype=torch.float64)) for k in (8, 4, 2)[:stages])
+    book, v = Residual(tables, beam=32), torch.randn(100, 3, generator=rng(6), dtype=torch.float64)
+    root = torch.randn(3, 3, generator=rng(7), dtype=torch.float64)
+    weight = root @ root.T + 0.1 * torch.eye(3) if metric else torch.eye(3, dtype=torch.float64)
+    delta = v[:, None] - words(book)
+    best = torch.einsum("nkd,de,nke->nk", delta, weight, delta).argmin(1)
+    codes = torch.cartesian_prod(*[torch.arange(2**width) for width in book.widths])
+    assert torch.equal(book.encode(v, weight if metric else None), codes[best])
+
+
+def test_beam_carries_the_nearest_partial_sums():
+    """The literal search, vector by vector: extend every sum by every word of the next table, sort, keep the best three."""
+    tables = [torch.randn(k, 3, generator=rng(5 + k)) for k in (16, 8, 8)]
+    v, expected = torch.randn(60, 3, generator=rng(6)), []
+    for one in v:
+        sums = [(one, ())]
+        for table in tables:
+            longer = [(left - word, (*codes, j)) for left, codes in sums for j, word in enumerate(table)]
+            sums = sorted(longer, key=lambda pair: float(pair[0].square().sum()))[:3]
+        expected.append(list(sums[0][1]))
+    assert Residual(tuple(map(Table, tables)), beam=3).encode(v).tolist() == expected
+
+
+def test_beams_split_into_chunks_find_the_same(monkeypatch: pytest.MonkeyPatch):
+    book, v = Residual(BOOKS["residual"].stages, beam=4), points(BOOKS["residual"])
+    whole = book.encode(v)
+    monkeypatch.setattr("voroq.codebook.residual.CHUNK", 28)
+    monkeypatch.setattr("voroq.numerics.nearest.CHUNK", 100)
+    assert torch.equal(book.encode(v), whole)
+
+
+def test_wider_beams_come_nearer_and_tables_put_back_keep_theirs():
+    v = points(BOOKS["residual"])
+    errors = [(v - book.decode(book.encode(v))).square().sum() for book in (Residual(BOOKS["residual"].stages, b) for b in (1, 2, 4, 16))]
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) >= 3
+    wide = Residual(BOOKS["residual"].stages, beam=16)
+    assert wide.with_tensors(wide.tensors()).beam == 16
+
+
 def test_metric_changes_the_choice_as_brute_force_says():
     book, v = BOOKS["table"], points(BOOKS["table"])
     root = torch.randn(4, 4, generator=rng(4))

@@ -177,11 +177,13 @@ def _check_stacks(model: nn.Module, infos: Mapping[str, TensorInfo]) -> None:
 
 
 def _check_reals(model: nn.Module, listing: dict[str, TensorInfo]) -> None:
-    """Integers in the place of real numbers would be loaded as they are."""
+    """Integers in the place of real numbers, and (by older transformers) nothing in the place of something, would be loaded as they are."""
     for name, parameter in model.named_parameters():
         info = listing.get(name)
         if info is not None and parameter.is_floating_point() and not info.dtype.is_floating_point:
             raise FormatError(f"{info.file}: tensor {name} is {str(info.dtype).removeprefix('torch.')}, real numbers are needed")
+        if info is not None and parameter.numel() and not info.size:
+            raise FormatError(f"{info.file}: tensor {name} is empty, shape {list(parameter.shape)} is needed")
 
 
 def _check_all_loaded(model: nn.Module) -> None:

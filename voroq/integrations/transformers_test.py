@@ -132,6 +132,7 @@ DAMAGE = {
     "perm": (lambda t: t[f"{Q}.perm"].fill_(1), f"{Q}.perm is not a permutation"),
     "code": (lambda t: t[f"{Q}.outlier_indices"].fill_(-1), f"{Q}.outlier_indices holds code 65535"),
     "integers": (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].view(torch.uint16)}), "tensor lm_head.weight is uint16"),
+    "empty": (lambda t: t.update({"model.norm.weight": torch.empty(0)}), "tensor model.norm.weight is empty"),
     "norm": (lambda t: t.pop("model.norm.weight"), r"tensor model.norm.weight is missing"),
 }
 

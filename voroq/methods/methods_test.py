@@ -8,9 +8,9 @@ import torch
 from voroq.codebook.residual import Residual
 from voroq.errors import VoroqError
 from voroq.methods import GPTQ, METHODS, RTN, VPTQ, Method
-from voroq.methods.vptq import absorb, column_statistics
+from voroq.methods.vptq import absorb, column_order, column_statistics
 from voroq.moments import Moments, observe
-from voroq.numerics.linalg import proxy_loss, relative_proxy_loss
+from voroq.numerics.linalg import damped, proxy_loss, relative_proxy_loss
 from voroq.quantized import Quantized
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
@@ -46,7 +46,7 @@ BASE = {
 OTHER = {
     "vptq": dict(
         vector_length=4, table_bits=5, residual_bits=2, groups=2, outlier_percent=5.0, outlier_vector_length=4, outlier_table_bits=3,
-        normalize="std", permute=False, damping=0.5, kmeans_steps=1, rounds=0,
+        normalize="std", permute=False, damping=0.5, kmeans_steps=1, rounds=0, sweeps=0, beam=1,
     ),
     "gptq": dict(bits=2, group_size=None, act_order=False, grid="minmax", damping=0.5),
     "rtn": dict(bits=2, group_size=None, grid="mse"),
@@ -55,7 +55,9 @@ OTHER = {
 
 @pytest.mark.parametrize("name, option", [(name, field.name) for name, kind in METHODS.items() for field in fields(kind)])
 def test_every_option_changes_the_result(name: str, option: str):
-    base = replace(BASE[name], outlier_percent=5.0) if option.startswith("outlier_") and option != "outlier_percent" else BASE[name]
+    outliers, residual = {"outlier_percent": 5.0}, {"residual_bits": 3}
+    needed = {"outlier_vector_length": outliers, "outlier_table_bits": outliers, "beam": residual}
+    base = replace(BASE[name], **needed.get(option, {}))
     changed = replace(base, **{option: OTHER[name][option]})
     assert not torch.equal(run(base).dequantize(), run(changed).dequantize())
 
@@ -69,7 +71,10 @@ def test_same_generator_same_bits(name: str):
 def test_methods_are_ordered_as_the_field_knows_them():
     assert loss(run(BASE["gptq"])) < loss(run(BASE["rtn"]))
     assert loss(run(replace(BASE["vptq"], residual_bits=2))) < loss(run(BASE["vptq"]))
-    assert loss(run(BASE["vptq"])) < loss(run(replace(BASE["vptq"], rounds=0)))
+    tuned, residual = BASE["vptq"], replace(BASE["vptq"], residual_bits=3)
+    assert loss(run(replace(tuned, rounds=3))) < loss(run(tuned)) < loss(run(replace(tuned, sweeps=0)))
+    assert loss(run(replace(tuned, sweeps=0))) < loss(run(replace(tuned, rounds=0)))
+    assert loss(run(residual)) < loss(run(replace(residual, beam=1)))
 
 
 def test_act_order_is_natural_order_on_permuted_columns():
@@ -96,12 +101,21 @@ def test_permutation_is_kept_where_it_cannot_be_absorbed():
         assert isinstance(run(method).transform.steps[-1], Permute)
 
 
-def test_outliers_are_the_largest_activations_and_cost_less():
-    _w, moments = problem()
-    q = run(replace(BASE["vptq"], outlier_percent=6.0))
-    columns = q.bands[0].stop
-    assert columns == 4
-    assert set(q.transform.steps[-1].perm[:columns].tolist()) == set(moments.second.diagonal().topk(columns).indices.tolist())
+def test_outliers_are_the_columns_that_cost_most_and_lead_the_order():
+    """The literal cost: the variance of a column's weights over the diagonal of the inverse Hessian."""
+    w, moments = problem()
+    w[:, 11] *= 20  # a small activation with large weights: no candidate by activation alone
+    h, _ = damped(moments.hessian(), 0.01)
+    order = column_order(w, h, 4)
+    cost = [float(w[:, j].var(correction=0) / torch.linalg.inv(h)[j, j]) for j in range(IN)]
+    assert set(order[:4].tolist()) == set(sorted(range(IN), key=lambda j: -cost[j])[:4])
+    assert 11 in order[:4] and 11 not in moments.second.diagonal().topk(4).indices
+    for part in (order[:4], order[4:]):
+        assert part.tolist() == sorted(part.tolist(), key=lambda j: -float(h[j, j]))
+    assert sorted(order.tolist()) == list(range(IN))
+    assert torch.equal(column_order(w, h, 0), torch.argsort(h.diagonal(), descending=True))
+    q = replace(BASE["vptq"], outlier_percent=6.0)(w, moments, rng())
+    assert q.bands[0].stop == 4 and torch.equal(q.transform.steps[-1].perm, order)
 
 
 def test_groups_have_tables_of_their_own():
@@ -167,3 +181,9 @@ def test_dead_columns_are_reported_and_keep_a_value():
     q = BASE["gptq"](w, Moments(second, moments.first, moments.count), rng())
     assert "1 of 64 input columns never moved" in q.notes[0]
     assert torch.isfinite(q.dequantize()).all() and (q.dequantize()[:, 7] - w[:, 7]).abs().mean() < w[:, 7].abs().mean()
+
+
+def test_rows_too_short_for_the_official_reader_are_refused_at_once():
+    with pytest.raises(VoroqError, match=r"a group of 16 columns with 1 bits each is under 17 bits"):
+        VPTQ(vector_length=2, table_bits=1).stored_bits((8, 16))
+    assert VPTQ(vector_length=2, table_bits=1).stored_bits((8, 17)) > 0

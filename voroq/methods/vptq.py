@@ -1,10 +1,11 @@
 """VPTQ: vectors down the output dimension, lookup tables, second-order feedback (Liu et al. 2024, arXiv 2409.17066).
 
     1. optional column scale and shift; the Hessian follows them (the reference's does not, and pays for it)
-    2. columns by falling diag(H); the first few percent may be outliers with a finer table of their own
+    2. columns by falling diag(H); in front of them, a few percent with a finer table of their own, chosen by what they cost
     3. tables by k-means weighted with diag(H), per group of columns; a second, residual table on what is left
-    4. sweep: column by column, nearest centroids, error fed forward
-    5. rounds: refit all tables to the proxy loss by least squares, sweep again, keep what lowers the loss
+    4. sweep: column by column, nearest centroids (main and residual searched together), error fed forward
+    5. rounds: refit all tables to the proxy loss by least squares, sweep again (by feedback, then by coordinate descent), keep what
+       lowers the loss
     6. absorb the permutation into the order of the codes where the format can say so (one group, no outliers)
 
 Step 5 is not in the reference, which never touches its tables after k-means. Results stay inside its checkpoint format.
@@ -14,7 +15,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from voroq.codebook.base import Codebook
@@ -24,14 +25,18 @@ from voroq.errors import VoroqError
 from voroq.methods.gptq import activation_order, check_damping
 from voroq.moments import Moments
 from voroq.numerics.kmeans import kmeans
-from voroq.numerics.linalg import damped
+from voroq.numerics.linalg import damped, inverse_factor
 from voroq.quantized import Band, Quantized, Tile
+from voroq.rounding.descent import descend
 from voroq.rounding.feedback import Rounded, feedback
 from voroq.shapes import Matrix, Square
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
 from voroq.tuning.centroids import refit
+
+LEAST_ROW = 17
+"""Bits of codes in a group's row, at least: of shorter ones the official reader takes the padding for codes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class VPTQ:
     groups: int = 1
     """tables per matrix, one per group of input columns"""
     outlier_percent: float = 0.0
-    """percentage of input columns, the ones with the largest activations, written with a table of their own"""
+    """percentage of input columns, the costliest (with permute=False the first), written with a table of their own"""
     outlier_vector_length: int = 4
     """weights per vector in outlier columns"""
     outlier_table_bits: int = 12
@@ -62,12 +67,16 @@ class VPTQ:
     """Lloyd iterations at most, per table"""
     rounds: int = 1
     """times the tables are refitted to the proxy loss and the matrix swept again"""
+    sweeps: int = 1
+    """coordinate-descent sweeps over the codes per round; 0 = rounds sweep by feedback alone"""
+    beam: int = 8
+    """main centroids tried for each vector where there is a residual table; 1 = greedily"""
 
     def __post_init__(self) -> None:
         bounds = {
             "vector_length": (1, 64), "table_bits": (1, 16), "residual_bits": (0, self.table_bits), "groups": (1, 4096),
             "outlier_percent": (0, 50), "outlier_vector_length": (2, 64), "outlier_table_bits": (1, 16),
-            "kmeans_steps": (1, 1000), "rounds": (0, 100),
+            "kmeans_steps": (1, 1000), "rounds": (0, 100), "sweeps": (0, 100), "beam": (1, 65536),
         }  # fmt: skip
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
@@ -79,7 +88,7 @@ class VPTQ:
     def __call__(self, w: Matrix, moments: Moments, rng: torch.Generator) -> Quantized:
         h, notes = damped(moments.hessian(), self.damping)
         affine = (column_statistics(w),) if self.normalize == "std" else ()
-        order = (Permute(activation_order(h)),) if self.permute else ()
+        order = (Permute(column_order(w, h, self.columns(w.shape[1])[0])),) if self.permute else ()
         transform = Chain((*affine, *order))
         w_stored, h_stored = transform.weight(w), transform.hessian(h)
         done = self._sweeps(w_stored, h_stored, rng)
@@ -94,8 +103,10 @@ class VPTQ:
         if not self.rounds:
             return best
         bands = refit(w, h, best.bands, best.codes)
-        for _ in range(self.rounds):
-            tried = feedback(w, h, bands)
+        for done in range(self.rounds):
+            tried = best if done and self.sweeps else feedback(w, h, bands)  # what descent has reached feedback does not find again
+            if self.sweeps:
+                tried = descend(w, h, bands, tried.codes, sweeps=self.sweeps)
             if tried.loss.sum() >= best.loss.sum():
                 break
             best, bands = tried, refit(w, h, tried.bands, tried.codes)
@@ -124,6 +135,11 @@ class VPTQ:
         each = (width - outliers) // self.groups
         if each == 0:
             raise VoroqError(f"{self.groups} groups do not fit into {width} columns; give fewer groups")
+        if each * (self.table_bits + self.residual_bits) < LEAST_ROW:
+            raise VoroqError(
+                f"a group of {each} columns with {self.table_bits + self.residual_bits} bits each is under {LEAST_ROW} bits a row, which "
+                "the official vptq reader misreads; give fewer groups or larger tables"
+            )
         return outliers, [outliers + each * g for g in range(self.groups + 1)]
 
     def _fit(self, w: Matrix, h: Square, rng: torch.Generator) -> list[Band]:
@@ -151,7 +167,8 @@ class VPTQ:
             if band.start >= outliers:
                 points = band.tile.cut(left)
                 importance = _importance(h, band.start, band.stop, points)
-                book = Residual((book, Table(kmeans(points, importance, 2**self.residual_bits, rng, steps=self.kmeans_steps))))
+                rest = Table(kmeans(points, importance, 2**self.residual_bits, rng, steps=self.kmeans_steps))
+                book = Residual((book, rest), self.beam)
             out.append(replace(band, codebook=book))
         return out
 
@@ -159,6 +176,21 @@ class VPTQ:
 def _importance(h: Square, start: int, stop: int, points: Float[Tensor, "n dim"]) -> Float[Tensor, "n"]:
     """diag(H) of the column each vector stands in."""
     return h.diagonal()[start:stop].repeat(points.shape[0] // (stop - start))
+
+
+def column_order(w: Matrix, h: Square, outliers: int) -> Int[Tensor, "in"]:
+    """Columns by falling diag(H), the `outliers` costliest before all others.
+
+    What a column costs: the variance of its weights, which the error of any table follows, times 1 / inv(H)_jj, what an error
+    in it costs once all other columns have answered it.
+    """
+    order = activation_order(h)
+    if not outliers:
+        return order
+    cost = w.var(0, correction=0) / inverse_factor(h).square().sum(0)  # inv(H) = U^T U
+    chosen = torch.zeros_like(cost, dtype=torch.bool)
+    chosen[cost.topk(outliers).indices] = True
+    return torch.cat([order[chosen[order]], order[~chosen[order]]])
 
 
 def column_statistics(w: Matrix) -> ColumnAffine:

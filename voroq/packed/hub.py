@@ -18,7 +18,7 @@ def locate(model: str | Path, *, revision: str | None = None, trust_remote_code:
     name, path = str(model), Path(model).expanduser()
     if name and path.is_dir():
         return path
-    if path.exists():
+    if name and path.exists():
         raise VoroqError(f"{name} is a file; give the folder that holds config.json and the safetensors")
     if isinstance(model, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
         raise VoroqError(f"there is no folder {name!r}; give a model folder or a hub id such as 'organisation/model'")

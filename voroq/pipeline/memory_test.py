@@ -1,7 +1,10 @@
 """The peak is what the system says, and it grows with what is held."""
 
+import platform
 import subprocess
 import sys
+
+import pytest
 
 from voroq.pipeline.memory import peak_memory
 
@@ -21,3 +24,22 @@ def test_three_hundred_megabytes_show():
 
 def test_keys():
     assert set(peak_memory()) == {"rss", "cuda"}
+
+
+FREED = """
+from pathlib import Path
+from voroq.pipeline.memory import give_back
+def resident():
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1])
+held = [b"x" * 100_000 for _ in range(2000)]
+pinned = held[-1]
+del held
+before = resident()
+give_back()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's allocator only")
+def test_freed_memory_goes_back():
+    assert int(subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True).stdout) > 150_000

@@ -22,6 +22,7 @@ from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
 from voroq.pipeline.capture import Call, Recorder, first, stubs
 from voroq.pipeline.compat import Group, build_skeleton
+from voroq.pipeline.memory import give_back
 from voroq.pipeline.outer import Outer
 from voroq.pipeline.source import Source
 from voroq.pipeline.weights import Weights, finite, put
@@ -125,6 +126,28 @@ class OpenModel:
         block = self._loaded.pop(index, None)
         if block is not None:
             block.to_empty(device="meta")
+            give_back()
+
+    def whole(self) -> nn.Module:
+        """The whole model on the device, experts unstacked, every parameter in memory. Nothing requires a gradient.
+
+        Raises VoroqError if a weight is missing, NaN or infinite.
+        """
+        model = copy.deepcopy(self.skeleton)
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        for name, tensor in self._weights.read(name for name in model.state_dict() if name in self._weights):
+            put(model, name, tensor)
+        for name in (name for name in names if name not in self._weights):
+            source = self._weights.tied(name)
+            if source is None:
+                raise VoroqError(f"{self.source.name} has no tensor for {name}; the checkpoint is incomplete or of another architecture")
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._parameters[leaf] = model.get_parameter(source)
+        return unstack_experts(model.to(self.device))
+
+    def plain_source(self, name: str) -> str | None:
+        """The tensor on disk that is the model's parameter `name` and nothing else, if there is one."""
+        return self._weights.plain_source(name)
 
     def linears(self, block: nn.Module, index: int) -> dict[str, nn.Linear]:
         """The modules behind `sites(index)` in the loaded block, by site name."""

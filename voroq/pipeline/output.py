@@ -1,6 +1,7 @@
 """The output folder of a run: what is done, what is not, and how it becomes an ordinary Hugging Face folder.
 
     voroq_run/settings.json      the fingerprint of the run; the folder exists while the run is unfinished
+    voroq_run/tuning.safetensors the state of the tuning, and tuned.safetensors its result, where there is one
     voroq_run/block-00003.json   block 3 is done: its shard, the shard's sha256, specs and report rows of its sites
     model-00001-of-00007.safetensors   everything outside the blocks; 00002... one shard per block
 
@@ -9,12 +10,14 @@ what the entry says, so a kill at any moment loses at most the block at hand. co
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from voroq.errors import VoroqError
@@ -26,6 +29,7 @@ from voroq.pipeline.source import Source
 
 REPORT = "voroq_report.json"
 JOURNAL = "voroq_run"
+TUNED = "tuned.safetensors"
 COMPANIONS = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "*.model",
               "chat_template*", "spiece*", "LICENSE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
 """Files that are copied from the original as they are."""
@@ -98,7 +102,9 @@ class Output:
         path = self._entry_path(index)
         if not path.is_file() or not self.shard(index).is_file():
             return None
-        entry = _read(path)
+        entry, staged = _read(path), self._staged(index)
+        if entry and staged.is_file() and sha256_of(staged) == entry.get("sha256"):
+            os.replace(staged, self.shard(index))
         return entry if entry and sha256_of(self.shard(index)) == entry.get("sha256") else None
 
     def write(
@@ -115,6 +121,49 @@ class Output:
         except OSError as error:
             raise _unwritten(self.shard(index), error) from error
         return entry
+
+    def amend(self, index: int | None, changed: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Put other values of the same shape and dtype into a finished shard; its new journal entry.
+
+        The new shard waits in the journal until the entry tells its hash, so that a kill leaves either the old or the new state.
+        """
+        entry = _read(self._entry_path(index)) or {}
+        infos = read_header(self.shard(index))
+        mine = {name: changed[name] for name in infos if name in changed}
+        if not mine:
+            return entry
+        entries = [Entry.of(name, mine[name]) if name in mine else Entry(name, i.dtype, i.shape, i.load) for name, i in infos.items()]
+        try:
+            entry = {**entry, "sha256": write_safetensors(self._staged(index), entries, {"format": "pt"})}
+            write_json(self._entry_path(index), entry)
+            os.replace(self._staged(index), self.shard(index))
+        except OSError as error:
+            raise _unwritten(self.shard(index), error) from error
+        return entry
+
+    @property
+    def tuning_state(self) -> Path:
+        """Where a tuning saves how far it is."""
+        return self.folder / JOURNAL / "tuning.safetensors"
+
+    def keep_tuned(self, changed: Mapping[str, Tensor], summary: dict[str, Any]) -> None:
+        """Write down a finished tuning: the stored tensors it changed, and what it came to."""
+        try:
+            entries = [Entry.of(name, tensor.contiguous()) for name, tensor in changed.items()]
+            write_safetensors(self.folder / JOURNAL / TUNED, entries, {"summary": json.dumps(summary)})
+        except OSError as error:
+            raise _unwritten(self.folder / JOURNAL / TUNED, error) from error
+
+    def tuned(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `keep_tuned` wrote, if it did."""
+        path = self.folder / JOURNAL / TUNED
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["summary"])  # noqa: SIM118
+
+    def _staged(self, index: int | None) -> Path:
+        return self.folder / JOURNAL / self.shard(index).name
 
     def _entry_path(self, index: int | None) -> Path:
         return self.folder / JOURNAL / ("outer.json" if index is None else f"block-{index:05d}.json")
@@ -136,13 +185,18 @@ class Output:
             "weight_map": {name: Path(info.file).name for name, info in sorted(found, key=lambda pair: pair[0])},
         }
         write_json(self.folder / "model.safetensors.index.json", index)
-        for pattern in (*COMPANIONS, *(("*.py",) if source.trust_remote_code else ())):
-            for path in sorted(source.folder.glob(pattern)):
-                if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
-                    shutil.copyfile(path, self.folder / path.name)
+        copy_companions(source, self.folder)
         write_json(self.folder / "config.json", _config(source, quantization))
         write_json(self.folder / REPORT, report)
         shutil.rmtree(self.folder / JOURNAL)
+
+
+def copy_companions(source: Source, folder: Path) -> None:
+    """Copy what lies beside the weights of `source`: tokenizer, generation settings, licenses, and its code if that is trusted."""
+    for pattern in (*COMPANIONS, *(("*.py",) if source.trust_remote_code else ())):
+        for path in sorted(source.folder.glob(pattern)):
+            if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
+                shutil.copyfile(path, folder / path.name)
 
 
 def _config(source: Source, quantization: dict[str, Any]) -> dict[str, Any]:

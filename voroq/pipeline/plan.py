@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from voroq.errors import VoroqError
 from voroq.methods import GPTQ, METHODS, RTN, VPTQ, Method
+from voroq.methods.vptq import LEAST_ROW
 
 Shape = tuple[int, int]
 
@@ -132,7 +133,7 @@ def _vptq_menu(fixed: dict[str, Any], shape: Shape) -> list[tuple[VPTQ, float]]:
             vectors = -(-shape[0] // length) * shape[1]
             if "table_bits" not in fixed and 2**bits > vectors / 8:
                 continue
-            if fixed.get("residual_bits", 0) > bits:
+            if fixed.get("residual_bits", 0) > bits or shape[1] * (bits + fixed.get("residual_bits", 0)) < LEAST_ROW:
                 continue
             method = VPTQ(**{**fixed, "vector_length": length, "table_bits": bits})
             stages = 2.0 ** (-2 * bits / length) * (1.3 * 2.0 ** (-2 * method.residual_bits / length) if method.residual_bits else 1.0)

@@ -5,7 +5,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from voroq.errors import VoroqError
@@ -44,6 +44,10 @@ def test_vptq_stores_what_it_predicts(out, columns, dtype, data):
         kmeans_steps=1,
         rounds=0,
     )
+    try:
+        method.columns(columns)
+    except VoroqError:  # rows too short for the official reader: refused before anything is fitted
+        assume(False)
     assert method.stored_bits((out, columns), 8 * dtype.itemsize) == really_stored(method, out, columns, dtype, "vptq")
 
 

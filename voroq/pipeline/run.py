@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from voroq.errors import VoroqError
 from voroq.methods import Method
 from voroq.moments import Moments
 from voroq.packed.base import Packed, Spec
-from voroq.packed.format import spec_type, unpack
+from voroq.packed.format import pack, spec_type, unpack
 from voroq.packed.shards import read_header
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
+from voroq.pipeline.calibration import calibration_windows
 from voroq.pipeline.memory import peak_memory
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import borrow_prior, observe_block, run_block
@@ -37,6 +38,8 @@ from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, prepare
 from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.source import Source, open_source
+from voroq.pipeline.tokenizer import load_tokenizer
+from voroq.pipeline.tune import Tuning, student_of, tune
 from voroq.pipeline.work import SiteJob, describe, resolve_devices, share
 
 TOKENS_PER_BATCH = 4096
@@ -55,6 +58,7 @@ def quantize_model(
     device: str = "auto",
     seed: int = 0,
     resume: bool = False,
+    tuning: Tuning | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -63,7 +67,8 @@ def quantize_model(
 
     `plan` is a method for every site, a `Plan` with rules by name, or a `Budget` of bits per weight. `calibration` is a text file, a
     bundled name or "dataset:NAME" (the bundled mixed text if None), of which `samples` windows of `context` tokens are used.
-    `device` is auto, cpu, cuda or a list of devices. With `resume` an interrupted run goes on; the result has the same bytes.
+    `device` is auto, cpu, cuda or a list of devices. `tuning` tunes the whole quantized model towards the original's logits
+    afterwards (both are then in memory). With `resume` an interrupted run goes on; the result has the same bytes.
 
     Everything that can be refused is refused before the first block. Raises VoroqError (FormatError for damaged files).
     """
@@ -76,13 +81,23 @@ def quantize_model(
     if origin.config.get("quantization_config"):
         raise VoroqError(f"{source} is already quantized (config.json has a quantization_config); give the original model")
     model = open_model(origin, device=devices[0])
+    if tuning is not None and model.skeleton.get_output_embeddings() is None:
+        raise VoroqError(f"{source} has no language model head, so there are no logits to tune towards; leave tuning out")
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
     check_disk(Path(out), ready.bytes)
-    output = Output(Path(out), model.n_blocks, ready.settings, resume=resume)
+    settings = {**ready.settings, "tuning": repr(tuning)}
+    if tuning is not None:
+        context = ready.windows.shape[1]
+        more, mark = calibration_windows(load_tokenizer(origin), calibration, samples=tuning.samples, context=context, seed=seed)
+        settings["tuning"] += f" on {more.shape[0]} windows with the hash {mark[:16]}"
+    output = Output(Path(out), model.n_blocks, settings, resume=resume)
     if output.report is not None:
         return output.report
     run = Run(model, ready.plan, output, ready.layout, ready.dtype, mode, seed, devices, progress)
     entries = [run.outer(), *run.blocks(ready.windows)]
+    tuned = None
+    if tuning is not None and tuning.steps:
+        entries, tuned = run.tune(entries, more, tuning)
     report = {
         "voroq_report": 1,
         "source": str(source),
@@ -96,7 +111,8 @@ def quantize_model(
             "context": ready.windows.shape[1],
         },
         **_totals(origin, entries, began),
-        "settings": ready.settings,
+        "tuning": tuned,
+        "settings": settings,
     }
     specs: dict[str, Spec] = {}
     for entry in entries:
@@ -147,6 +163,31 @@ class Run:
                 else:
                     self._replay(index, states, batch, entries[index], more=index < last)
         return entries
+
+    def tune(
+        self, entries: list[dict[str, Any]], windows: torch.Tensor, tuning: Tuning
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Tune the finished blocks together and put the result into their shards; the entries then, and what it came to."""
+        began = time.perf_counter()
+        if self.output.tuned() is None:
+            self.progress.stage("tuning")
+            specs = {name: spec_type(self.layout).from_json(data, name) for entry in entries for name, data in entry["specs"].items()}
+            shards = [self.output.shard(index) for index in range(self.model.n_blocks)]
+            original = self.model.whole()
+            sites = {name: unpack(packed) for shard in shards for name, packed in _stored_sites(shard, specs)}
+            student = student_of(original, sites, self.model.whole)
+            sources = {name: self.model.plain_source(name) for name, _ in original.named_parameters()}
+            free = frozenset(name for name, source in sources.items() if source is not None)
+            state = self.output.tuning_state
+            done = tune(original, student, windows, tuning, free=free, seed=self.seed, state=state, progress=self.progress)
+            changed = {sources[name]: t.to(self.model.source.tensors[sources[name]].dtype) for name, t in done.others.items()}
+            for name, q in done.sites.items():
+                packed = pack(q, self.dtype, self.layout)
+                changed |= {f"{name}.{key}": tensor.cpu() for key, tensor in packed.tensors.items()}
+            summary = {"steps": done.steps, "kl_before": done.before, "kl_after": done.after, "seconds": time.perf_counter() - began}
+            self.output.keep_tuned(changed, {**dataclasses.asdict(tuning), **summary})
+        changed, summary = self.output.tuned()
+        return [self.output.amend(index, changed) for index in (None, *range(self.model.n_blocks))], summary
 
     def _quantize(self, index: int, states: Activations, batch: int, *, more: bool) -> dict[str, Any]:
         began = time.perf_counter()
@@ -203,11 +244,17 @@ class Run:
 
 def _put_back(linears: dict[str, nn.Linear], shard: Path, specs: dict[str, Any], layout: str) -> None:
     """The weights a finished block stands for, from its shard into its linears."""
-    header = read_header(shard)
-    for name, data in specs.items():
-        spec = spec_type(layout).from_json(data, name)
-        packed = Packed(spec, {stored.name: header[f"{name}.{stored.name}"].load() for stored in spec.layout()})
+    for name, packed in _stored_sites(shard, {name: spec_type(layout).from_json(data, name) for name, data in specs.items()}):
         linears[name].weight.data.copy_(unpack(packed).dequantize())
+
+
+def _stored_sites(shard: Path, specs: dict[str, Spec]) -> Iterator[tuple[str, Packed]]:
+    """Those of the sites in `specs` that lie in `shard`."""
+    header = read_header(shard)
+    for name, spec in specs.items():
+        names = {stored.name: f"{name}.{stored.name}" for stored in spec.layout()}
+        if all(full in header for full in names.values()):
+            yield name, Packed(spec, {short: header[full].load() for short, full in names.items()})
 
 
 def _verbatim(model: OpenModel, index: int, packed: dict[str, Packed]) -> list[str]:

@@ -38,6 +38,11 @@ class Weights:
                 if name in names:
                     yield name, tensor.to(device=self.device, dtype=self._dtypes[name])
 
+    def plain_source(self, name: str) -> str | None:
+        """The tensor on disk that becomes `name` as it is, if there is one."""
+        group = self._group_of.get(name)
+        return group.sources[0][1] if group is not None and group.converter is None else None
+
     def tied(self, name: str) -> str | None:
         """`name` if the checkpoint has it, else a tensor tied to it that the checkpoint has."""
         ties = tied_names(self._skeleton)

@@ -107,11 +107,22 @@ def making(report: dict[str, Any], found: Inspection) -> str:
         "settings": ", ".join(f"{words} ({count} linears)" for words, count in Counter(site.settings for site in found.sites).items()),
         "calibration": calibration,
         "mode": report.get("mode"),
+        "tuning": _tuning(report.get("tuning")),
         "seed": report.get("seed"),
         "voroq": report.get("version"),
         "seconds": f"{report['seconds']:.0f}" if "seconds" in report else None,
     }
     return "\n".join(f"- {key}: {value}" for key, value in lines.items() if value not in (None, ""))
+
+
+def _tuning(tuning: Any) -> str | None:
+    if not isinstance(tuning, dict) or not {"steps", "kl_before", "kl_after"} <= tuning.keys():
+        return None
+    moved = ", codes moved" if tuning.get("moves") else ""
+    return (
+        f"{tuning['steps']} steps towards the original's logits{moved}; KL on held-out calibration text "
+        f"{tuning['kl_before']:.4f} before, {tuning['kl_after']:.4f} after"
+    )
 
 
 def results_table(results: Sequence[Result]) -> str:

@@ -152,6 +152,9 @@ def test_a_card_without_report_or_results_claims_nothing(folder):
     card = (folder / "README.md").read_text()
     assert "## Results" not in card
     assert "None" not in card
+    assert "tuning" not in card
+    tuned = model_card({"tuning": {"steps": 9, "moves": 0.1, "kl_before": 0.2, "kl_after": 0.1}}, inspect_folder(folder), {}, "x")
+    assert "9 steps towards the original's logits, codes moved; KL on held-out calibration text 0.2000 before, 0.1000 after" in tuned
     alone = model_card({}, inspect_folder(folder), {}, "x", [result(kl=None, top1=None, perplexity_against=None)])
     assert "| c4 | 256 | 100 | 12.000 |" in alone
 

@@ -7,9 +7,10 @@ from voroq.numerics.linalg import proxy_loss
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.base import Transform
 from voroq.transform.chain import Chain
+from voroq.transform.hadamard import Hadamard
 from voroq.transform.permute import Permute
 
-OUT, IN = 6, 9
+OUT, IN = 6, 12
 
 
 def rng(value: int = 0) -> torch.Generator:
@@ -26,6 +27,9 @@ TRANSFORMS = {
     "permute": lambda: Permute(torch.randperm(IN, generator=rng(2))),
     "affine, permute": lambda: Chain((affine(), Permute(torch.randperm(IN, generator=rng(2))))),
     "permute, affine": lambda: Chain((Permute(torch.randperm(IN, generator=rng(2))), affine())),
+    "hadamard input": lambda: Hadamard.random((OUT, IN), rng(7)),
+    "hadamard both": lambda: Hadamard.random((OUT, IN), rng(7), both=True),
+    "hadamard both, affine": lambda: Chain((Hadamard.random((OUT, IN), rng(7), both=True), affine())),
 }
 
 
@@ -51,7 +55,7 @@ def test_proxy_loss_is_the_same_on_both_sides(t: Transform):
     w, error, x = matrix(3), matrix(5), matrix(6, rows=40)
     h = x.T @ x
     outside = w - t.restore(t.weight(w) - error)
-    torch.testing.assert_close(proxy_loss(outside, h), proxy_loss(error, t.hessian(h)))
+    torch.testing.assert_close(proxy_loss(outside, h).sum(), proxy_loss(error, t.hessian(h)).sum())
 
 
 def test_tensors_go_out_and_in_again(t: Transform):
@@ -62,3 +66,11 @@ def test_tensors_go_out_and_in_again(t: Transform):
 def test_permute_moves_column_perm_p_to_p():
     t = Permute(torch.tensor([2, 0, 1]))
     assert t.weight(torch.tensor([[10.0, 11.0, 12.0]])).tolist() == [[12.0, 10.0, 11.0]]
+
+
+def test_hadamard_sides_are_what_they_say():
+    """Rotating inputs keeps the norm of every row; rotating outputs does not."""
+    w = torch.randn(OUT, IN, generator=rng(8), dtype=torch.float64)
+    left, both = Hadamard.random((OUT, IN), rng(7)), Hadamard.random((OUT, IN), rng(7), both=True)
+    torch.testing.assert_close(left.weight(w).norm(dim=1), w.norm(dim=1))
+    assert not torch.allclose(both.weight(w).norm(dim=1), w.norm(dim=1))

@@ -91,7 +91,7 @@ def _with_tables(bands: tuple[Band, ...], tables: Tables) -> tuple[Band, ...]:
     out = []
     for band in bands:
         stages = tuple(Table(next(left)) for _ in _stages(band))
-        out.append(replace(band, codebook=stages[0] if isinstance(band.codebook, Table) else Residual(stages)))
+        out.append(replace(band, codebook=stages[0] if isinstance(band.codebook, Table) else replace(band.codebook, stages=stages)))
     return tuple(out)
 
 

@@ -1,0 +1,24 @@
+"""Presets are ordered, and never overrule what was asked for."""
+
+from voroq.methods import METHODS
+from voroq.pipeline.effort import EFFORTS
+from voroq.pipeline.plan import make_plan
+
+
+def test_more_effort_is_more_work():
+    fast, balanced, best = EFFORTS.values()
+    assert fast.tuning is None and not fast.options
+    assert 0 < balanced.tuning.steps < best.tuning.steps
+    assert best.options["vptq"]
+
+
+def test_what_was_asked_for_comes_first():
+    best = EFFORTS["best"]
+    assert best.completed("vptq", {"rounds": "5"})["rounds"] == "5"
+    assert best.completed("rtn", {"bits": "3"}) == {"bits": "3"}
+
+
+def test_options_of_every_preset_are_the_methods():
+    for effort in EFFORTS.values():
+        for method in METHODS:
+            make_plan(method, None, effort.completed(method, {}))

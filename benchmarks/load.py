@@ -54,6 +54,7 @@ else:
 seconds = time.perf_counter() - began
 print(json.dumps({"seconds": seconds, "peak": peak_memory()["rss"] - base}))
 """
+WANTED = (("safetensors", "seconds"), ("voroq", "seconds"), ("voroq", "peak"))
 
 
 def main() -> None:
@@ -75,13 +76,15 @@ def main() -> None:
     rows = []
     for i, count in enumerate((*counts, blocks)):
         whole = i == len(counts)
-        at = {name: [line(counts, [row[key] for row in found[name]], count) if whole else found[name][i][key] for key in ("seconds", "peak")]
-              for name in found}  # fmt: skip
-        size = line(counts, sizes, count) if whole else sizes[i]
-        (theirs, _), (ours, peak) = at["safetensors"], at["voroq"]
-        rows.append({"blocks": f"{count}{' (extrapolated)' if whole else ''}", "files_gb": size / 1e9, "safetensors_s": theirs, "voroq_s": ours,
-                     "time_ratio": ours / theirs, "peak_gb": peak / 1e9, "file_and_shard_gb": (size + shard) / 1e9,
-                     "memory_ratio": peak / (size + shard)})  # fmt: skip
+
+        def at(values: list[float], i: int = i, count: int = count, whole: bool = whole) -> float:
+            return line(counts, values, count) if whole else values[i]
+
+        theirs, ours, peak = (at([row[key] for row in found[name]]) for name, key in WANTED)
+        size = at(sizes)
+        rows.append({"blocks": f"{count}{' (extrapolated)' if whole else ''}", "files_gb": size / 1e9,
+                     "safetensors_s": theirs, "voroq_s": ours, "time_ratio": ours / theirs,
+                     "peak_gb": peak / 1e9, "file_and_shard_gb": (size + shard) / 1e9, "memory_ratio": peak / (size + shard)})  # fmt: skip
     publish(f"loading, hidden {shape['hidden']}, inner {shape['inner']}, median of {args.repeats}", rows, args)
 
 

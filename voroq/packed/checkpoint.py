@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from voroq.errors import FormatError
 from voroq.packed.base import FLOATS, MAX_NAME, Fields, Packed, Role, Spec, Stored, from_int16, is_name
@@ -174,14 +175,24 @@ def check_packed(module: str, packed: Packed) -> None:
     for name, stored in expected.items():
         tensor = packed.tensors[name]
         _check_type(f"tensor {module}.{name}", stored, tensor.dtype, tuple(tensor.shape))
-        if stored.real and not bool(torch.isfinite(tensor).all()):
+        if stored.real and not _all_finite(tensor):
             raise FormatError(f"tensor {module}.{name} holds NaN or infinity; re-download the model, or quantize again")
         if stored.limit is not None and tensor.numel() and int(from_int16(tensor).max()) >= stored.limit:
             raise FormatError(f"tensor {module}.{name} holds code {int(from_int16(tensor).max())}, its table has {stored.limit} entries")
-        if stored.role is Role.PERM:
-            order = from_int16(tensor).sort().values
-            if not torch.equal(order, torch.arange(order.numel(), device=order.device)):
-                raise FormatError(f"tensor {module}.{name} is not a permutation of 0 to {order.numel() - 1}")
+        if stored.role is Role.PERM and not _is_permutation(from_int16(tensor)):
+            raise FormatError(f"tensor {module}.{name} is not a permutation of 0 to {tensor.numel() - 1}")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """The extremes say it, NaN being both; a tenth of the time of asking every number."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+
+
+def _is_permutation(order: Tensor) -> bool:
+    count = order.numel()
+    low, high = torch.aminmax(order)
+    seen = torch.zeros(count, dtype=torch.bool, device=order.device)
+    return int(low) >= 0 and int(high) < count and bool(seen.index_fill_(0, order, True).all())
 
 
 def _check_stored(name: str, stored: Stored, found: Mapping[str, TensorInfo]) -> None:

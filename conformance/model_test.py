@@ -4,18 +4,19 @@ import json
 
 import pytest
 import torch
-from conftest import ask
 from safetensors.torch import load_file
 
 import voroq
+from conftest import ask
 from voroq.integrations.conftest import write_model
 from voroq.methods import VPTQ
+from voroq.packed.conftest import rewrite
 from voroq.pipeline.text import DEMO_MODEL
 
 TINY = ("llama", "qwen2")  # not tied ones: the official loader moves a model to its device before it ties the head to the embedding
 TEXTS = ("The old man looked at the sea and", "In the year 1870 the city", "She opened the door", "Water is")
 RECIPES = {
-    "v6 k4096 perm": VPTQ(vector_length=6, table_bits=12, kmeans_steps=4, rounds=0),
+    "v6 k1024 perm": VPTQ(vector_length=6, table_bits=10, kmeans_steps=4, rounds=0),
     "v4 k256 r64 groups 2 outliers norm perm": VPTQ(
         vector_length=4, table_bits=8, residual_bits=6, groups=2, outlier_percent=1, outlier_vector_length=4,
         outlier_table_bits=8, normalize="std", kmeans_steps=4, rounds=0,
@@ -44,6 +45,8 @@ def both(folder, prompts: list[list[int]], new: int, dtype: str | None, work) ->
 @pytest.mark.parametrize("kind", TINY)
 def test_tiny_models_of_random_tables_give_the_same_logits_and_tokens(tmp_path, kind):
     write_model(tmp_path / "m", kind, "vptq", dtype=torch.float32)
+    if kind == "llama-tied":  # the official loader ties nothing: it needs the head as a tensor of its own
+        rewrite(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
     official, mine = both(tmp_path / "m", [list(range(3, 19)), [5, 9, 2]], 24, None, tmp_path)
     for name, tensor in mine.items():
         if name.startswith("tokens"):
@@ -56,7 +59,7 @@ def test_tiny_models_of_random_tables_give_the_same_logits_and_tokens(tmp_path, 
 def demo(request, tmp_path_factory):
     """The bundled model, quantized by the pipeline itself."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    voroq.quantize_model(DEMO_MODEL, folder, RECIPES[request.param], samples=32, context=128)
+    voroq.quantize_model(DEMO_MODEL, folder, RECIPES[request.param], samples=16, context=128)
     return request.param, folder
 
 

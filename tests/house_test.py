@@ -16,6 +16,7 @@ LIVING, MAKING = {"packed", "kernels", "layer", "integrations"}, {"rounding", "t
 OWNERS = {
     "transformers": ("pipeline/compat.py", "pipeline/tokenizer.py", "integrations/", "evaluation/"),
     "triton": ("kernels/triton_",),
+    "peft": ("integrations/peft",),
     "ray": ("pipeline/ray",),
     "typer": ("cli/",),
     "rich": ("cli/", "report/"),

@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "voroq.integrations.load",
     "VoroqConfig": "voroq.integrations.transformers",
+    "lora": "voroq.integrations.peft",
     "quantize_model": "voroq.front",
     "rotate_model": "voroq.pipeline.rotate",
     **dict.fromkeys(["VPTQ", "GPTQ", "RTN", "METHODS"], "voroq.methods"),

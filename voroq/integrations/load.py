@@ -19,7 +19,7 @@ from voroq.errors import FormatError, VoroqError
 from voroq.integrations.transformers import register
 from voroq.packed.checkpoint import Folder, quantization_of, specs_from_config
 from voroq.packed.hub import locate
-from voroq.packed.shards import read_json, tensors_in
+from voroq.packed.shards import read_ahead, read_json, tensors_in
 
 
 def load(
@@ -42,6 +42,7 @@ def load(
     place = _device_map(device)
     path = locate(folder_or_id, trust_remote_code=trust_remote_code)
     folder = check_folder(path)
+    read_ahead(sorted({info.file for info in folder.tensors.values()}))
     model_class = _model_class(folder.config)
     with _quiet():
         try:

@@ -65,7 +65,8 @@ class VoroqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on top can be trained (`voroq.lora`); codes and tables stay."""
+        return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         infos = _headers(checkpoint_files or [])

@@ -2,11 +2,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, modeling_utils, pipeline
+from transformers.utils import hub
 
 import voroq
 from voroq.errors import FormatError
@@ -87,7 +90,46 @@ def test_generate_works_and_a_device_map_changes_nothing(tmp_path):
     plain, mapped = open_model(tmp_path), open_model(tmp_path, device_map="auto")
     a, b = (model.generate(TOKENS, max_new_tokens=5, do_sample=False) for model in (plain, mapped))
     assert a.shape == (1, 21) and torch.equal(a, b)
-    assert not plain.hf_quantizer.is_trainable and plain.get_memory_footprint() > 0
+    assert plain.hf_quantizer.is_trainable and plain.get_memory_footprint() > 0
+
+
+def test_low_memory_and_pipelines_are_the_same_model(tmp_path):
+    write_model(tmp_path, "llama", "vptq")
+    tokens = open_model(tmp_path).generate(TOKENS, max_new_tokens=6, do_sample=False)
+    frugal = open_model(tmp_path, low_cpu_mem_usage=True, device_map="auto")
+    assert torch.equal(frugal.generate(TOKENS, max_new_tokens=6, do_sample=False), tokens)
+    writer = pipeline("text-generation", model=str(tmp_path), device_map="auto")
+    assert len(quant_linears(writer.model)) == 14
+    text = " ".join(f"w{token}" for token in TOKENS[0].tolist())
+    written = writer(text, max_new_tokens=6, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    assert written == tokens[0].tolist()
+
+
+@pytest.mark.parametrize("layout", ["vptq", "voroq"])
+def test_what_is_pushed_to_the_hub_is_the_model(tmp_path, monkeypatch, layout):
+    write_model(tmp_path / "a", "llama", layout)
+    model = open_model(tmp_path / "a")
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
+
+    def commit(*_, operations, **__):
+        for operation in operations:
+            with operation.as_file() as file:
+                (pushed / operation.path_in_repo).write_bytes(file.read())
+
+    repo = SimpleNamespace(repo_id="someone/model", url="hub/someone/model")
+    for owner in (hub, HfApi):  # older releases bind the functions, newer ones ask the client
+        monkeypatch.setattr(owner, "create_commit", commit, raising=False)
+        monkeypatch.setattr(owner, "create_repo", lambda *_, **__: repo, raising=False)
+    for owner in (hub, modeling_utils):
+        monkeypatch.setattr(owner, "create_and_tag_model_card", lambda *_, **__: SimpleNamespace(save=lambda path: None), raising=False)
+    model.push_to_hub("someone/model")
+    names = {path.name for path in pushed.iterdir()}
+    assert {"config.json", "model.safetensors"} <= names and not any(name.endswith((".bin", ".py")) for name in names)
+    assert stored_config(pushed) == stored_config(tmp_path / "a")
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "a", pushed))
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert torch.equal(open_model(pushed)(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_layers_offloaded_to_disk_are_checked_and_used(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from voroq.errors import FormatError, VoroqError
+from voroq.packed import checkpoint
 from voroq.packed.base import Packed
 from voroq.packed.checkpoint import check_listing, check_packed, open_folder, quantization_config, read_packed, specs_from_config
 from voroq.packed.conftest import assert_same, random_gptq, random_vptq, rewrite, write_folder
@@ -208,3 +209,19 @@ def test_configs_are_written_for_their_layout():
     config = quantization_config("voroq", {"a": native})
     assert set(config) == {"quant_method", "version", "layers"}
     assert specs_from_config(json.loads(json.dumps(config))).lookup("a") == native
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_among_many_is_found(dtype, value):
+    for at in (0, 517, 1023):
+        table = torch.randn(1024).to(dtype)
+        assert checkpoint._all_finite(table)
+        table[at] = value
+        assert not checkpoint._all_finite(table)
+
+
+def test_permutations_and_what_is_none():
+    assert checkpoint._is_permutation(torch.randperm(999))
+    for order in ([0, 0], [1, 2], [-1, 0], [0, 2, 2], [2**40, 0]):
+        assert not checkpoint._is_permutation(torch.tensor(order))

@@ -5,6 +5,8 @@ the shapes say, lie end to end, and end where the file ends; so a truncated down
 """
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -79,6 +81,14 @@ def tensors_in(folder: Path) -> dict[str, TensorInfo]:
         if name not in found or found[name].file.name != file_name:
             raise FormatError(f"{folder / file_name}: tensor {name} is missing, though {INDEX} names it; {_REPAIR}")
     return found
+
+
+def read_ahead(files: Iterable[Path]) -> None:
+    """Ask the system to read `files` whole, front to back, while we are busy; otherwise tensors come page by page as they are touched."""
+    if hasattr(os, "posix_fadvise"):
+        for path in files:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from voroq.errors import FormatError, VoroqError
 from voroq.integrations.shapes import open_model_folder
+from voroq.methods.vptq import LEAST_ROW
 from voroq.packed.base import FLOATS, Packed, Spec
 from voroq.packed.checkpoint import Folder, check_listing, quantization_config
 from voroq.packed.files import Entry, publish_folder, write_json, write_safetensors
 from voroq.packed.format import unpack
 from voroq.packed.rewrite import can_absorb, current, current_spec
 from voroq.packed.shards import INDEX, SINGLE
+from voroq.packed.vptq_format import VptqSpec
 from voroq.pipeline.output import COMPANIONS, check_disk
 from voroq.report.inspect import REPORT, read_report
 
@@ -82,6 +84,8 @@ def convert(
         raise VoroqError(f"{out} exists already; choose a new folder for OUT")
     sites = folder.sites()
     check_listing(sites, folder.tensors)
+    if layout != "dense":
+        _check_rows(sites)
     plan = _Plan(folder, sites, absorb, DTYPES.get(dtype or ""))
     shards = _shards(list(plan.dense() if layout == "dense" else plan.current()), shard_bytes)
     done = Conversion(
@@ -110,6 +114,17 @@ def convert(
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return done
+
+
+def _check_rows(sites: dict[str, Spec]) -> None:
+    """Raises VoroqError for linears whose packed rows the official reader takes for something else (docs/format.md, 2)."""
+    for name, spec in sites.items():
+        now = current_spec(spec, absorb=False)
+        if isinstance(now, VptqSpec) and now.group_size * sum(now.widths) < LEAST_ROW:
+            raise VoroqError(
+                f"{name} has groups of {now.group_size} columns at {sum(now.widths)} bits; the official vptq reader misreads rows of under "
+                f"{LEAST_ROW} bits, so the current layout cannot hold it; write a dense model with --to dense"
+            )
 
 
 class _Plan:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,8 +74,6 @@ def test_every_variant_keeps_its_weights_and_loses_what_is_needless(tmp_path, va
     sizes = VARIANTS[variant]["sizes"]
     spec = type(pack(random_vptq(10, 32, 1), dtype, "vptq").spec).of
     if sizes[-1] > sizes[0]:  # the writer refuses it, other writers do not
-        from dataclasses import replace
-
         right = random_vptq(10, 32, 1, **VARIANTS[variant] | {"sizes": sizes[::-1]})
         bands = [replace(b, codebook=type(b.codebook)(b.codebook.stages[::-1])) for b in right.bands]
         q = replace(right, bands=tuple(bands), codes=tuple(codes.flip(-1) for codes in right.codes))
@@ -195,3 +194,19 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(VoroqError, match=r"tensor .* has values that torch.float16 cannot hold"):
         convert(tmp_path / "m", tmp_path / "new", dtype="float16")
     assert sorted(os.listdir(tmp_path)) == listed
+
+
+def test_rows_too_short_for_the_official_reader_only_become_dense(tmp_path):
+    """Three columns of 4 bits are 12 bits a row: other writers make such files, unpacked, where nothing is misread."""
+    q, name = random_vptq(8, 3, 1, sizes=(16,), v=2), "model.layers.0.self_attn.q_proj"
+    wide = pack(random_vptq(8, 32, 1, sizes=(16,), v=2), torch.float16, "vptq").spec
+    old = OldSpec(replace(wide, shape=(8, 3)), True, False)
+    (tmp_path / "old").mkdir()
+    entries = [Entry.of(f"{name}.{n}", t) for n, t in old.pack(q, torch.float16).items()]
+    write_safetensors(tmp_path / "old" / "model.safetensors", entries, {})
+    layers = {"quant_method": "vptq", "config_for_layers": {name: old.to_json()}}
+    write_json(tmp_path / "old" / "config.json", {"quantization_config": layers})
+    with pytest.raises(VoroqError, match=r"groups of 3 columns at 4 bits.* --to dense"):
+        convert(tmp_path / "old", tmp_path / "new")
+    assert convert(tmp_path / "old", tmp_path / "dense", to="dense").layout == "dense"
+    assert torch.equal(weights(tmp_path / "old")[f"{name}.weight"], unpack(pack(q, torch.float16, "voroq")).dequantize())

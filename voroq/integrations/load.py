@@ -83,7 +83,10 @@ def check_folder(path: Path) -> Folder:
         specs = specs_from_config(quantization)
     except FormatError as error:
         raise FormatError(f"{path / 'config.json'}: {error}") from error
-    return Folder(path, config, specs.naming(tensors), tensors)
+    folder = Folder(path, config, specs.naming(tensors), tensors)
+    for problem in folder.uncovered():  # of a model opened as another class than the saved one nothing later would find it
+        raise FormatError(f"{path}: {problem}")
+    return folder
 
 
 def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:

@@ -109,3 +109,13 @@ def test_a_missing_tokenizer_or_architecture_is_said(tmp_path):
     with pytest.raises(VoroqError, match="unheard_of") as caught:
         voroq.load(tmp_path, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_linear_without_an_entry_is_refused_whatever_class_the_model_opens_as(tmp_path):
+    write_model(tmp_path, "llama", "vptq")
+    config = json.loads((tmp_path / "config.json").read_text())
+    name = "model.layers.0.mlp.up_proj"
+    del config["quantization_config"]["config_for_layers"][name]
+    write_json(tmp_path / "config.json", config | {"architectures": ["Unheard"]})
+    with pytest.raises(FormatError, match=f"{name} is stored quantized .*no entry for it"):
+        voroq.load(tmp_path, device="cpu")

@@ -10,7 +10,7 @@ The last two hold the original and the quantized model in memory at once, in flo
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from voroq.pipeline.tune import Tuning
+from voroq.tuning.loop import Tuning
 
 
 @dataclass(frozen=True)

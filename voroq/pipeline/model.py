@@ -7,6 +7,7 @@ embedding) is materialised only while `capture` runs. All names here are names i
 
 import copy
 from collections import defaultdict
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,12 @@ class OpenModel:
     # ---- what enters the blocks -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def capture(self, tokens: Int[Tensor, "windows ctx"], batch: int, *, limit: int, folder: Path) -> Activations:
+    def capture(
+        self, tokens: Int[Tensor, "windows ctx"], batch: int, *, others: Collection[int] = (), limit: int, folder: Path
+    ) -> Activations:
         """The hidden states that enter block 0, and (kept inside) how every block is called.
 
+        Blocks can then be called with `batch` windows, with as many as are left over at the end, and with each number of `others`.
         `limit` and `folder` say when and where the states spill to disk. Raises VoroqError if the model's blocks are not called
         once each in order, or with arguments that depend on the tokens.
         """
@@ -183,6 +187,9 @@ class OpenModel:
                 if store is None:
                     store = Activations((len(tokens), *hidden.shape[1:]), hidden.dtype, limit=limit, folder=folder)
                 store.write(start, hidden)
+            for size in sorted(set(others) - set(self._calls)):
+                outer.run(tokens[:size], recorder)
+                self._keep(recorder, tokens[:size])
         return store
 
     def _keep(self, recorder: Recorder, tokens: Int[Tensor, "b ctx"]) -> Float[Tensor, "b ctx d"]:

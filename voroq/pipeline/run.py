@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from voroq.methods import Method
 from voroq.moments import Moments
 from voroq.packed.base import Packed, Spec
 from voroq.packed.format import pack, spec_type, unpack
-from voroq.packed.shards import read_header
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
 from voroq.pipeline.calibration import calibration_windows
+from voroq.pipeline.finished import put_back, tune_finished
 from voroq.pipeline.memory import peak_memory
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import borrow_prior, observe_block, run_block
@@ -39,8 +39,9 @@ from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, prepare
 from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.source import Source, open_source
 from voroq.pipeline.tokenizer import load_tokenizer
-from voroq.pipeline.tune import Tuning, student_of, tune
+from voroq.pipeline.tune import block_batches, tune_block
 from voroq.pipeline.work import SiteJob, describe, resolve_devices, share
+from voroq.tuning.loop import Tuning
 
 TOKENS_PER_BATCH = 4096
 """Tokens in one forward pass of a block."""
@@ -58,6 +59,7 @@ def quantize_model(
     device: str = "auto",
     seed: int = 0,
     resume: bool = False,
+    block_tuning: Tuning | None = None,
     tuning: Tuning | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -67,8 +69,9 @@ def quantize_model(
 
     `plan` is a method for every site, a `Plan` with rules by name, or a `Budget` of bits per weight. `calibration` is a text file, a
     bundled name or "dataset:NAME" (the bundled mixed text if None), of which `samples` windows of `context` tokens are used.
-    `device` is auto, cpu, cuda or a list of devices. `tuning` tunes the whole quantized model towards the original's logits
-    afterwards (both are then in memory). With `resume` an interrupted run goes on; the result has the same bytes.
+    `device` is auto, cpu, cuda or a list of devices. `block_tuning` tunes every quantized block towards the original block's output
+    on the same inputs, `tuning` the whole quantized model towards the original's logits afterwards (both are then in memory).
+    With `resume` an interrupted run goes on; the result has the same bytes.
 
     Everything that can be refused is refused before the first block. Raises VoroqError (FormatError for damaged files).
     """
@@ -85,7 +88,7 @@ def quantize_model(
         raise VoroqError(f"{source} has no language model head, so there are no logits to tune towards; leave tuning out")
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
     check_disk(Path(out), ready.bytes)
-    settings = {**ready.settings, "tuning": repr(tuning)}
+    settings = {**ready.settings, "block_tuning": repr(block_tuning), "tuning": repr(tuning)}
     if tuning is not None:
         context = ready.windows.shape[1]
         more, mark = calibration_windows(load_tokenizer(origin), calibration, samples=tuning.samples, context=context, seed=seed)
@@ -93,11 +96,11 @@ def quantize_model(
     output = Output(Path(out), model.n_blocks, settings, resume=resume)
     if output.report is not None:
         return output.report
-    run = Run(model, ready.plan, output, ready.layout, ready.dtype, mode, seed, devices, progress)
+    run = Run(model, ready.plan, output, ready.layout, ready.dtype, mode, seed, devices, block_tuning, progress)
     entries = [run.outer(), *run.blocks(ready.windows)]
     tuned = None
     if tuning is not None and tuning.steps:
-        entries, tuned = run.tune(entries, more, tuning)
+        entries, tuned = tune_finished(model, output, ready.layout, ready.dtype, entries, more, tuning, seed=seed, progress=progress)
     report = {
         "voroq_report": 1,
         "source": str(source),
@@ -111,6 +114,7 @@ def quantize_model(
             "context": ready.windows.shape[1],
         },
         **_totals(origin, entries, began),
+        "block_tuning": [entry["tuned"] for entry in entries if entry.get("tuned")] or None,
         "tuning": tuned,
         "settings": settings,
     }
@@ -134,6 +138,7 @@ class Run:
     mode: str
     seed: int
     devices: tuple[torch.device, ...]
+    block_tuning: Tuning | None
     progress: Progress
 
     def outer(self) -> dict[str, Any]:
@@ -155,7 +160,9 @@ class Run:
         batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
         self.progress.stage("embedding the calibration text")
         last = max(index for index, entry in enumerate(entries) if entry is None)
-        with self.model.capture(windows, batch, limit=ACTIVATIONS_IN_MEMORY, folder=self.output.folder) as states:
+        others = block_batches(self.block_tuning, tuple(windows.shape), self.seed) if self.block_tuning is not None else ()
+        store = self.model.capture(windows, batch, others=others, limit=ACTIVATIONS_IN_MEMORY, folder=self.output.folder)
+        with store as states:
             for index in range(last + 1):
                 self.progress.block(index, self.model.block_name(index))
                 if entries[index] is None:
@@ -164,31 +171,6 @@ class Run:
                     self._replay(index, states, batch, entries[index], more=index < last)
         return entries
 
-    def tune(
-        self, entries: list[dict[str, Any]], windows: torch.Tensor, tuning: Tuning
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Tune the finished blocks together and put the result into their shards; the entries then, and what it came to."""
-        began = time.perf_counter()
-        if self.output.tuned() is None:
-            self.progress.stage("tuning")
-            specs = {name: spec_type(self.layout).from_json(data, name) for entry in entries for name, data in entry["specs"].items()}
-            shards = [self.output.shard(index) for index in range(self.model.n_blocks)]
-            original = self.model.whole()
-            sites = {name: unpack(packed) for shard in shards for name, packed in _stored_sites(shard, specs)}
-            student = student_of(original, sites, self.model.whole)
-            sources = {name: self.model.plain_source(name) for name, _ in original.named_parameters()}
-            free = frozenset(name for name, source in sources.items() if source is not None)
-            state = self.output.tuning_state
-            done = tune(original, student, windows, tuning, free=free, seed=self.seed, state=state, progress=self.progress)
-            changed = {sources[name]: t.to(self.model.source.tensors[sources[name]].dtype) for name, t in done.others.items()}
-            for name, q in done.sites.items():
-                packed = pack(q, self.dtype, self.layout)
-                changed |= {f"{name}.{key}": tensor.cpu() for key, tensor in packed.tensors.items()}
-            summary = {"steps": done.steps, "kl_before": done.before, "kl_after": done.after, "seconds": time.perf_counter() - began}
-            self.output.keep_tuned(changed, {**dataclasses.asdict(tuning), **summary})
-        changed, summary = self.output.tuned()
-        return [self.output.amend(index, changed) for index in (None, *range(self.model.n_blocks))], summary
-
     def _quantize(self, index: int, states: Activations, batch: int, *, more: bool) -> dict[str, Any]:
         began = time.perf_counter()
         model = self.model
@@ -196,14 +178,13 @@ class Run:
         linears = model.linears(block, index)
         chosen = [site for site in model.sites(index) if self.plan.method_for(site.name) is not None]
         self.progress.stage("observing")
-        outputs = states if self.mode == "parallel" and more else None
+        outputs = states if more and self.mode == "parallel" and self.block_tuning is None else None
         moments, tokens = observe_block(model, block, index, states, batch, sites=[site.name for site in chosen], outputs=outputs)
         moments, notes = _with_priors(chosen, moments)
         jobs = []
         for name in (site.name for site in chosen):
             method, weight = self.plan.method_for(name), linears[name].weight.detach()
             jobs.append(SiteJob(name, method, weight, moments[name], self.seed, self.dtype, self.layout, notes.get(name, ())))
-        del moments
         packed: dict[str, Packed] = {}
         rows = []
         self.progress.stage("quantizing")
@@ -211,10 +192,17 @@ class Run:
             packed[done.name] = done.packed
             rows.append({**done.row, "tokens": tokens[done.name]})
             self._say(done.row)
-            if self.mode == "sequential":
-                linears[done.name].weight.data.copy_(done.weight)
-        jobs.clear()
-        if self.mode == "sequential" and more:
+        tuned = None
+        if packed and self.block_tuning is not None and self.block_tuning.steps:
+            self.progress.stage("tuning the block")
+            packed, tuned = self._tune(block, index, packed, states)
+            losses = {job.name: job.loss(packed[job.name]) for job in jobs}
+            rows = [{**row, "loss": losses[row["name"]]} for row in rows]
+        del moments, jobs
+        if self.mode == "sequential":
+            for name, one in packed.items():
+                linears[name].weight.data.copy_(unpack(one).dequantize())
+        if more and outputs is None:
             self.progress.stage("passing on")
             run_block(model, block, index, states, batch, states)
         biased = [name for name in packed if linears[name].bias is not None]
@@ -222,8 +210,17 @@ class Run:
         model.drop_block(index)
         self.progress.stage("writing")
         specs = {name: one.spec.to_json(bias=name in biased) for name, one in packed.items()}
-        body = {"sites": rows, "specs": specs, "biased": biased, "seconds": time.perf_counter() - began}
+        body = {"sites": rows, "specs": specs, "biased": biased, "tuned": tuned, "seconds": time.perf_counter() - began}
         return self.output.write(index, model.source, _verbatim(model, index, packed), packed, body)
+
+    def _tune(
+        self, block: nn.Module, index: int, packed: dict[str, Packed], states: Activations
+    ) -> tuple[dict[str, Packed], dict[str, float]]:
+        """The block's linears, tuned together to answer `states` as `block` does; its relative error before and after."""
+        sites = {name: unpack(one) for name, one in packed.items()}
+        done = tune_block(self.model, block, index, sites, states, self.block_tuning, seed=self.seed)
+        packed = {name: pack(q, self.dtype, self.layout) for name, q in done.sites.items()}
+        return packed, {"before": done.before, "after": done.after}
 
     def _replay(self, index: int, states: Activations, batch: int, entry: dict[str, Any], *, more: bool) -> None:
         """Pass the states through a finished block, as the interrupted run did."""
@@ -232,7 +229,7 @@ class Run:
         self.progress.stage("passing on")
         block = self.model.load_block(index)
         if self.mode == "sequential":
-            _put_back(self.model.linears(block, index), self.output.shard(index), entry["specs"], self.layout)
+            put_back(self.model.linears(block, index), self.output.shard(index), entry["specs"], self.layout)
         run_block(self.model, block, index, states, batch, states)
         self.model.drop_block(index)
 
@@ -240,21 +237,6 @@ class Run:
         self.progress.site(row["name"], row["seconds"], row["loss"])
         for note in row["notes"]:
             self.progress.warn(f"{row['name']}: {note}")
-
-
-def _put_back(linears: dict[str, nn.Linear], shard: Path, specs: dict[str, Any], layout: str) -> None:
-    """The weights a finished block stands for, from its shard into its linears."""
-    for name, packed in _stored_sites(shard, {name: spec_type(layout).from_json(data, name) for name, data in specs.items()}):
-        linears[name].weight.data.copy_(unpack(packed).dequantize())
-
-
-def _stored_sites(shard: Path, specs: dict[str, Spec]) -> Iterator[tuple[str, Packed]]:
-    """Those of the sites in `specs` that lie in `shard`."""
-    header = read_header(shard)
-    for name, spec in specs.items():
-        names = {stored.name: f"{name}.{stored.name}" for stored in spec.layout()}
-        if all(full in header for full in names.values()):
-            yield name, Packed(spec, {short: header[full].load() for short, full in names.items()})
 
 
 def _verbatim(model: OpenModel, index: int, packed: dict[str, Packed]) -> list[str]:

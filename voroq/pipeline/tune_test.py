@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 
 import voroq
 from voroq.errors import VoroqError
-from voroq.pipeline import tune as module
+from voroq.pipeline import tune as pipeline_tune
 from voroq.pipeline.model import open_model
 from voroq.pipeline.progress import Silent
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tiny_models_test import save_tiny
 from voroq.pipeline.tiny_runs_test import QUICK, content, quick_run, tiny_source
-from voroq.pipeline.tune import Tuning
+from voroq.tuning import loop as module
+from voroq.tuning.loop import Loop, Tuning
 from voroq.tuning.losses import divergence
 
 SOME = Tuning(steps=6, samples=6, batch=2, rate=0.004, norm_rate=0.001, precision="float32")
@@ -64,7 +65,7 @@ def test_steps_lower_the_divergence_and_leave_the_codes(method, source, tmp_path
 
 def test_moves_change_codes_within_their_limit(source, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOVE_EVERY", 1)
-    monkeypatch.setattr(module._Run, "adopt", lambda run: None)  # what the steps did, whether it paid or not
+    monkeypatch.setattr(Loop, "adopt", lambda loop: None)  # what the steps did, whether it paid or not
     quick_run(source, tmp_path / "plain", QUICK["vptq"])
     quick_run(source, tmp_path / "tuned", QUICK["vptq"], tuning=replace(SOME, steps=8, moves=0.01, move_rate=0.9))
     before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
@@ -76,7 +77,14 @@ def test_moves_change_codes_within_their_limit(source, tmp_path, monkeypatch):
 
 def test_the_folder_computes_what_the_report_says(source, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "_split", lambda windows, seed: seen.append(windows) or (windows[2:], windows[:2]))
+    monkeypatch.setattr(pipeline_tune, "held_out", lambda count, seed: (torch.arange(2, count), torch.arange(2)))
+    real = pipeline_tune.tune
+
+    def watched(original, student, windows, *rest, **more):
+        seen.append(windows)
+        return real(original, student, windows, *rest, **more)
+
+    monkeypatch.setattr("voroq.pipeline.finished.tune", watched)
     report = quick_run(source, tmp_path / "out", QUICK["vptq"], tuning=SOME)
     model, _ = voroq.load(tmp_path / "out", dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -140,7 +148,7 @@ def test_a_tuning_interrupted_between_two_files_resumes_to_the_same_bytes(mode, 
 
 def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOVE_EVERY", 1)
-    monkeypatch.setattr(module._Run, "adopt", lambda run: None)
+    monkeypatch.setattr(Loop, "adopt", lambda loop: None)
     made = {}
     changes = {"none": {}, "steps": {"steps": 3}, "batch": {"batch": 1}, "rate": {"rate": 0.002}, "norm_rate": {"norm_rate": 0.0}}
     changes |= {"samples": {"samples": 5}, "moves": {"moves": 0.1, "move_rate": 0.6}, "move_rate": {"moves": 0.1, "move_rate": 0.9}}
@@ -172,3 +180,71 @@ def test_a_model_without_a_head_cannot_be_tuned(tmp_path):
     with pytest.raises(VoroqError, match="no language model head"):
         quick_run(source, tmp_path / "out", tuning=SOME)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+@pytest.mark.parametrize("name", ["vptq", "gptq"])
+def test_tuned_blocks_answer_more_like_the_original_and_keep_their_codes(name, mode, source, tmp_path):
+    tuning = replace(SOME, steps=12, rate=0.002)
+    quick_run(source, tmp_path / "plain", QUICK[name], mode=mode)
+    report = quick_run(source, tmp_path / "tuned", QUICK[name], mode=mode, block_tuning=tuning)
+    assert all(block["after"] <= block["before"] for block in report["block_tuning"])  # chosen by held-out windows
+    assert any(block["after"] < block["before"] for block in report["block_tuning"])
+    before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
+    if mode == "parallel":  # in sequential mode later blocks meet other inputs
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed and all(before[name].is_floating_point() and "norm" not in name for name in changed)
+
+
+def test_a_block_with_no_steps_changes_no_byte_and_with_moves_its_codes(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOVE_EVERY", 1)
+    monkeypatch.setattr(Loop, "adopt", lambda loop: None)
+    quick_run(source, tmp_path / "plain", QUICK["vptq"])
+    quick_run(source, tmp_path / "none", QUICK["vptq"], block_tuning=Tuning(steps=0))
+    quick_run(source, tmp_path / "moved", QUICK["vptq"], block_tuning=replace(SOME, moves=0.05, move_rate=0.9))
+    plain, moved = stored(tmp_path / "plain"), stored(tmp_path / "moved")
+    assert content(tmp_path / "plain") == content(tmp_path / "none")
+    assert any(not torch.equal(plain[name], moved[name]) for name in plain if name.endswith("indices"))
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_an_interrupted_run_of_tuned_blocks_resumes_to_the_same_bytes(mode, source, tmp_path):
+    quick_run(source, tmp_path / "whole", QUICK["vptq"], mode=mode, block_tuning=SOME)
+
+    class Stops(Silent):
+        def stage(self, name: str) -> None:
+            self.seen = getattr(self, "seen", 0) + (name == "tuning the block")
+            if self.seen == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quick_run(source, tmp_path / "out", QUICK["vptq"], mode=mode, block_tuning=SOME, progress=Stops())
+    quick_run(source, tmp_path / "out", QUICK["vptq"], mode=mode, block_tuning=SOME, resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_the_blocks_loss_is_what_the_report_says(source, tmp_path, monkeypatch):
+    """With the held-out windows known, the error of a block is found again from the folder alone."""
+    monkeypatch.setattr(pipeline_tune, "held_out", lambda count, seed: (torch.arange(2, count), torch.arange(2)))
+    kept = []
+    real = pipeline_tune.tune_block
+
+    def watched(model, block, index, sites, inputs, *rest, **more):
+        kept.append(inputs.read(0, 2))
+        return real(model, block, index, sites, inputs, *rest, **more)
+
+    monkeypatch.setattr("voroq.pipeline.run.tune_block", watched)
+    report = quick_run(source, tmp_path / "out", QUICK["vptq"], block_tuning=SOME)
+    model, _ = voroq.load(tmp_path / "out", dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for index, block in enumerate(report["block_tuning"]):
+        with torch.no_grad():
+            ours, theirs = (_block_output(m, index, kept[index]) for m in (model, original))
+        assert float((ours - theirs).square().sum() / theirs.square().sum()) == pytest.approx(block["after"], rel=0.02)
+
+
+def _block_output(model, index, hidden):
+    angles = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+    mask = torch.full((hidden.shape[1],) * 2, -torch.inf).triu(1)[None, None]
+    out = model.model.layers[index](hidden, attention_mask=mask, position_embeddings=angles)
+    return out[0] if isinstance(out, tuple) else out

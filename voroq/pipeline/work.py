@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from voroq.errors import VoroqError
 from voroq.methods import Method
@@ -30,11 +28,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class SiteDone:
-    """A quantized site: `weight` is what the packed linear stands for, `row` its line in the report."""
+    """A quantized site: `row` is its line in the report."""
 
     name: str
     packed: Packed = field(repr=False)
-    weight: Float[Tensor, "out in"] = field(repr=False)
     row: dict
 
 
@@ -61,20 +58,25 @@ class SiteJob:
             packed = pack(quantized, self.dtype, self.layout)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise VoroqError(f"{self.name}: {error}") from error
-        made = unpack(packed).dequantize()
-        loss = relative_proxy_loss(w, made, moments.hessian() if moments.count else torch.eye(w.shape[1], device=device))
         row = {
             "name": self.name,
             "shape": list(w.shape),
             "method": describe(self.method),
             "bits_per_weight": bits_per_weight(packed),
-            "loss": loss,
+            "loss": self.loss(packed),
             "tokens": self.moments.count,
             "notes": [*self.notes, *quantized.notes],
             "seconds": time.perf_counter() - began,
         }
         stored = Packed(packed.spec, {name: tensor.cpu() for name, tensor in packed.tensors.items()})
-        return SiteDone(self.name, stored, made.cpu(), row)
+        return SiteDone(self.name, stored, row)
+
+
+    def loss(self, packed: Packed) -> float:
+        """The relative proxy loss of `packed`, computed where it lies."""
+        made = unpack(packed).dequantize()
+        h = self.moments.hessian().to(made.device) if self.moments.count else torch.eye(made.shape[1], device=made.device)
+        return relative_proxy_loss(self.weight.to(made.device, torch.float32), made, h)
 
 
 def describe(method: Method) -> str:

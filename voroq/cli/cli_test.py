@@ -15,6 +15,7 @@ from voroq.cli.quantize import parse_options
 from voroq.errors import FormatError, VoroqError
 from voroq.pipeline.effort import EFFORTS
 from voroq.pipeline.text import DEMO_MODEL
+from voroq.tuning.loop import Tuning
 
 REPORT = {"source": "in", "bits_per_weight": 2.05, "seconds": 75.0, "peak_memory": {"rss": 10**9, "cuda": None},
           "tuning": {"kl_before": 0.09, "kl_after": 0.05}}  # fmt: skip
@@ -95,7 +96,8 @@ def test_quantize_passes_everything_on(library, capsys):
     assert args == ("in", "out", "the plan")
     assert kwargs == {
         "calibration": "c.txt", "samples": 7, "context": 33, "mode": "sequential", "device": "cpu", "seed": 5,
-        "resume": True, "revision": "abc", "trust_remote_code": True, "tuning": None,
+        "resume": True, "revision": "abc", "trust_remote_code": True, "block_tuning": None,
+        "tuning": None,
     }  # fmt: skip
     assert type(kwargs["mode"]) is str
     out, err = capsys.readouterr()
@@ -110,6 +112,11 @@ def test_effort_is_a_tuning_and_options_that_yield_to_the_users(library):
     run("quantize", "in", "out", "--effort", "best", "-o", "rounds=7")
     assert library.call[1]["tuning"] == EFFORTS["best"].tuning
     assert library.plan == ("vptq", None, {**EFFORTS["best"].options["vptq"], "rounds": "7"})
+
+
+def test_steps_of_blocks_are_passed_on(library):
+    run("quantize", "in", "out", "--tune-blocks", "7")
+    assert library.call[1]["block_tuning"] == Tuning(steps=7) and library.call[1]["tuning"] is None
 
 
 def test_absent_bits_are_left_to_the_plan(library):

@@ -81,6 +81,9 @@ def quantize(
             "best: a longer search and a longer tuning."
         ),
     ] = EffortName.fast,
+    tune_blocks: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Steps to tune every block for, towards the original block's output; 0: none.")
+    ] = 0,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUT, settings unchanged.")] = False,
@@ -100,6 +103,8 @@ def quantize(
 
       voroq quantize ./small-model out --bits 2.1 --effort balanced
 
+      voroq quantize ./my-model out --bits 2.1 --tune-blocks 60
+
       voroq quantize ./my-model out --method gptq --option bits=3 --option group_size=64
 
       voroq quantize ./my-model out --calibration my-text.jsonl --samples 256 --context 2048
@@ -110,6 +115,7 @@ def quantize(
     from voroq.front import quantize_model
     from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
+    from voroq.tuning.loop import Tuning
 
     chosen = EFFORTS[effort.value]
     plan = make_plan(method, bits, chosen.completed(method, pairs))
@@ -126,6 +132,7 @@ def quantize(
             device=device,
             seed=seed,
             resume=resume,
+            block_tuning=Tuning(steps=tune_blocks) if tune_blocks else None,
             tuning=chosen.tuning,
             revision=revision,
             trust_remote_code=trust_remote_code,

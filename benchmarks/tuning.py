@@ -12,11 +12,11 @@ from common import arguments, publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import voroq
+from voroq.evaluation.perplexity import evaluate
 from voroq.pipeline.calibration import calibration_windows
 from voroq.pipeline.plan import make_plan
 from voroq.pipeline.text import DEMO_MODEL, bundled, read_text
 from voroq.tuning.loop import Tuning
-from voroq.tuning.losses import divergence
 
 CONTEXT = 256
 SHARE = 0.93
@@ -38,7 +38,7 @@ def main() -> None:
         parts = {name: Path(work) / f"{name}.txt" for name in ("train", "held")}
         parts["train"].write_text(text[:cut], encoding="utf-8")
         parts["held"].write_text(text[cut:], encoding="utf-8")
-        texts = {"c4": (parts["held"], 96), "mixed": ("calibration-mixed", 64)}
+        texts = {"c4": (parts["held"], 8 if args.quick else 96), "mixed": ("calibration-mixed", 8 if args.quick else 64)}
         windows = {name: calibration_windows(tokenizer, t, samples=n, context=CONTEXT, seed=5).windows for name, (t, n) in texts.items()}
         for mode in ("parallel", "sequential"):
             for tuned in (0, steps):
@@ -49,15 +49,9 @@ def main() -> None:
                 )  # fmt: skip
                 seconds = time.perf_counter() - began
                 student, _ = voroq.load(out, dtype=torch.float32, dequantize=True)
-                found = {f"kl {name}": kl(original, student, w[: 8 if args.quick else None]) for name, w in windows.items()}
+                found = {f"kl {name}": evaluate(student, w, against=original).kl for name, w in windows.items()}
                 rows.append({"mode": mode, "steps": tuned, "bpw": report["bits_per_weight"], **found, "seconds": seconds})
     publish(f"block-wise tuning, VPTQ on the bundled model, {samples} windows of {CONTEXT}", rows, args)
-
-
-@torch.no_grad()
-def kl(original, student, windows: torch.Tensor) -> float:
-    parts = windows.split(8)
-    return sum(float(divergence(original(input_ids=p).logits, student(input_ids=p).logits)) * len(p) for p in parts) / len(windows)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,19 @@ import torch
 from torch import Tensor
 
 from voroq.errors import FormatError, VoroqError
+from voroq.evaluation.models import DTYPES
 from voroq.integrations.shapes import open_model_folder
-from voroq.methods.vptq import LEAST_ROW
 from voroq.packed.base import FLOATS, Packed, Spec
 from voroq.packed.checkpoint import Folder, check_listing, quantization_config
 from voroq.packed.files import Entry, publish_folder, write_json, write_safetensors
 from voroq.packed.format import unpack
 from voroq.packed.rewrite import can_absorb, current, current_spec
-from voroq.packed.shards import INDEX, SINGLE
-from voroq.packed.vptq_format import VptqSpec
-from voroq.pipeline.output import COMPANIONS, check_disk
+from voroq.packed.shards import SINGLE, write_index
+from voroq.packed.vptq_format import LEAST_ROW, VptqSpec
+from voroq.pipeline.output import check_disk, copy_companions
 from voroq.report.inspect import REPORT, read_report
 
 SHARD_BYTES = 5 * 10**9
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_up_proj|down_proj)")
 
@@ -266,16 +265,13 @@ def _write_shards(folder: Path, shards: list[list[Entry]], progress: Callable[[i
     if len(names) > 1:
         weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
         total = sum(entry.size for entries in shards for entry in entries)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_index(folder, weight_map, total)
     return digests
 
 
 def _write_rest(made: Path, folder: Folder, config: dict[str, Any], done: Conversion) -> None:
     """Tokenizer and the like, config, report."""
-    for pattern in (*COMPANIONS, "*.py"):
-        for path in sorted(folder.path.glob(pattern)):
-            if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
-                shutil.copyfile(path, made / path.name)
+    copy_companions(folder.path, made, code=True)
     write_json(made / "config.json", config)
     earlier = read_report(folder.path)
     about = {key: value for key, value in asdict(done).items() if key not in ("path", "shards")}

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from voroq.errors import FormatError, VoroqError
 from voroq.integrations.transformers import register
-from voroq.packed.checkpoint import Folder, quantization_of, specs_from_config
+from voroq.packed.checkpoint import Folder, described, quantization_of
 from voroq.packed.hub import locate
 from voroq.packed.shards import read_ahead, read_json, tensors_in
 
@@ -80,13 +80,9 @@ def check_folder(path: Path) -> Folder:
     if method not in ("vptq", "voroq"):
         raise VoroqError(f"{path} is quantized with {method!r:.60}; voroq loads vptq, voroq and models that are not quantized")
     try:
-        specs = specs_from_config(quantization)
+        return described(path, config, tensors)
     except FormatError as error:
         raise FormatError(f"{path / 'config.json'}: {error}") from error
-    folder = Folder(path, config, specs.naming(tensors), tensors)
-    for problem in folder.uncovered():  # of a model opened as another class than the saved one nothing later would find it
-        raise FormatError(f"{path}: {problem}")
-    return folder
 
 
 def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:

@@ -73,9 +73,8 @@ class VoroqQuantizer(HfQuantizer):
         if infos:
             _check_stacks(model, infos)
         self.table = self.table.naming(infos)
-        if infos and _is_saved_class(model):
-            for problem in coverage_defects(self.table, self.table.stored(infos)):
-                raise FormatError(problem)
+        for problem in coverage_defects(self.table, self.table.stored(infos)) if infos else ():
+            raise FormatError(problem)
         for place, (name, spec) in _sites(model, self.table, self.stacks).items():
             linear = model.get_submodule(place)
             self.names[place] = name

@@ -26,6 +26,7 @@ from voroq.methods.gptq import activation_order, check_damping
 from voroq.moments import Moments
 from voroq.numerics.kmeans import kmeans
 from voroq.numerics.linalg import damped, inverse_factor
+from voroq.packed.vptq_format import LEAST_ROW
 from voroq.quantized import Band, Quantized, Tile
 from voroq.rounding.descent import descend
 from voroq.rounding.feedback import Rounded, feedback
@@ -34,9 +35,6 @@ from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
 from voroq.tuning.centroids import refit
-
-LEAST_ROW = 17
-"""Bits of codes in a group's row, at least: of shorter ones the official reader takes the padding for codes."""
 
 
 @dataclass(frozen=True)

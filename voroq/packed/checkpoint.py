@@ -196,7 +196,11 @@ class Folder:
 def open_folder(path: str | Path) -> Folder:
     """Read config and headers of a model folder. Raises FormatError or VoroqError naming the file and the problem."""
     path = Path(path)
-    config, tensors = read_json(path / "config.json"), tensors_in(path)
+    return described(path, read_json(path / "config.json"), tensors_in(path))
+
+
+def described(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Folder:
+    """The folder of a config and file headers that were read. Raises FormatError naming module and field."""
     quantization = quantization_of(config)
     return Folder(path, config, None if quantization is None else specs_from_config(quantization).naming(tensors), tensors)
 

@@ -6,7 +6,7 @@ the shapes say, lie end to end, and end where the file ends; so a truncated down
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from voroq.errors import FormatError, VoroqError
 from voroq.packed.base import MAX_NAME, is_name
-from voroq.packed.files import DTYPES
+from voroq.packed.files import DTYPES, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20
@@ -145,6 +145,11 @@ def _info(name: str, path: Path, entry: dict[str, Any]) -> TensorInfo:
         raise ValueError(f"shape or offsets of {name}")
     dtype = DTYPES[entry["dtype"]]
     return TensorInfo(name, path, dtype, shape, prod(shape) * dtype.itemsize)
+
+
+def write_index(folder: Path, files: Mapping[str, str], size: int) -> None:
+    """The index of a sharded folder: `files` names the file of every tensor, `size` is that of all tensors in bytes."""
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -29,6 +29,8 @@ from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
 from voroq.transform.rows import RowAffine
 
+LEAST_ROW = 17
+"""Bits of codes in a group's row, at least: of shorter ones the official reader takes the padding for codes."""
 MAX_PERMUTED = 1 << 16
 """Columns that a permutation of 16-bit numbers can name."""
 
@@ -157,8 +159,10 @@ class VptqSpec:
         if len(set(rest)) != 1:
             raise FormatError("the vptq layout needs groups of equal width and tables after at most one outlier band; use the native one")
         vector, sizes, width = rest[0]
-        if width * sum(size.bit_length() - 1 for size in sizes) < 17:
-            raise FormatError(f"the official vptq reader misreads groups of under 17 bits a row, got {width} columns; use the native one")
+        if width * sum(size.bit_length() - 1 for size in sizes) < LEAST_ROW:
+            raise FormatError(
+                f"the official vptq reader misreads groups of under {LEAST_ROW} bits a row, got {width} columns; use the native one"
+            )
         outliers = None
         if first:
             outlier_vector, outlier_sizes, size = first[0]

@@ -24,7 +24,7 @@ from voroq.errors import VoroqError
 from voroq.packed.base import Packed, Spec
 from voroq.packed.checkpoint import quantization_config
 from voroq.packed.files import Entry, sha256_of, write_json, write_safetensors
-from voroq.packed.shards import read_header
+from voroq.packed.shards import read_header, write_index
 from voroq.pipeline.source import Source
 
 REPORT = "voroq_report.json"
@@ -180,21 +180,17 @@ class Output:
     def _finish(self, source: Source, quantization: dict[str, Any], report: dict[str, Any]) -> None:
         shards = [self.shard(index) for index in (None, *range(self.blocks))]
         found = [(name, info) for shard in shards for name, info in read_header(shard).items()]
-        index = {
-            "metadata": {"total_size": sum(info.size for _, info in found)},
-            "weight_map": {name: Path(info.file).name for name, info in sorted(found, key=lambda pair: pair[0])},
-        }
-        write_json(self.folder / "model.safetensors.index.json", index)
-        copy_companions(source, self.folder)
+        write_index(self.folder, {name: Path(info.file).name for name, info in found}, sum(info.size for _, info in found))
+        copy_companions(source.folder, self.folder, code=source.trust_remote_code)
         write_json(self.folder / "config.json", _config(source, quantization))
         write_json(self.folder / REPORT, report)
         shutil.rmtree(self.folder / JOURNAL)
 
 
-def copy_companions(source: Source, folder: Path) -> None:
-    """Copy what lies beside the weights of `source`: tokenizer, generation settings, licenses, and its code if that is trusted."""
-    for pattern in (*COMPANIONS, *(("*.py",) if source.trust_remote_code else ())):
-        for path in sorted(source.folder.glob(pattern)):
+def copy_companions(source: Path, folder: Path, *, code: bool) -> None:
+    """Copy what lies beside the weights in folder `source`: tokenizer, generation settings, licenses, and its `code`."""
+    for pattern in (*COMPANIONS, *(("*.py",) if code else ())):
+        for path in sorted(source.glob(pattern)):
             if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
                 shutil.copyfile(path, folder / path.name)
 

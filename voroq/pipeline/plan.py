@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from voroq.errors import VoroqError
 from voroq.methods import GPTQ, METHODS, RTN, VPTQ, Method
-from voroq.methods.vptq import LEAST_ROW
+from voroq.packed.vptq_format import LEAST_ROW
 
 Shape = tuple[int, int]
 

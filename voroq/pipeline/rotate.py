@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from voroq.errors import VoroqError
 from voroq.numerics.hadamard import random_signs, split
 from voroq.packed.files import Entry, write_json, write_safetensors
+from voroq.packed.shards import write_index
 from voroq.pipeline.compat import build_skeleton
 from voroq.pipeline.fold import Fold
 from voroq.pipeline.heads import Heads, find_heads
@@ -210,8 +211,8 @@ def _finish(origin: Source, folder: Path, shards: Mapping[str, list[Entry]], *, 
     if (origin.folder / INDEX).is_file():
         places = {entry.name: file for file, entries in shards.items() for entry in entries}
         total = sum(entry.size for entries in shards.values() for entry in entries)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
-    copy_companions(origin, folder)
+        write_index(folder, places, total)
+    copy_companions(origin.folder, folder, code=origin.trust_remote_code)
     config = dict(origin.config)
     if untied:
         config["tie_word_embeddings"] = False

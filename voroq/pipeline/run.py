@@ -79,6 +79,8 @@ def quantize_model(
     progress = progress or Silent()
     if mode not in ("parallel", "sequential"):
         raise VoroqError(f"mode {mode!r} is unknown; choose parallel or sequential")
+    if block_tuning is not None and not block_tuning.steps:
+        block_tuning = None
     devices = resolve_devices(device)
     origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
     if origin.config.get("quantization_config"):
@@ -193,7 +195,7 @@ class Run:
             rows.append({**done.row, "tokens": tokens[done.name]})
             self._say(done.row)
         tuned = None
-        if packed and self.block_tuning is not None and self.block_tuning.steps:
+        if packed and self.block_tuning is not None:
             self.progress.stage("tuning the block")
             packed, tuned = self._tune(block, index, packed, states)
             losses = {job.name: job.loss(packed[job.name]) for job in jobs}

@@ -17,7 +17,7 @@ from rich.text import Text
 from voroq.errors import VoroqError
 from voroq.integrations.shapes import linear_shapes, model_defects
 from voroq.packed.base import Spec
-from voroq.packed.checkpoint import Folder, listing_defects, quantization_of, specs_from_config, value_defects
+from voroq.packed.checkpoint import Folder, described, listing_defects, value_defects
 from voroq.packed.files import sha256_of
 from voroq.packed.shards import INDEX, SINGLE, TensorInfo, read_header, read_json
 from voroq.report.inspect import REPORT, read_report
@@ -166,13 +166,10 @@ def _hashes(path: Path, tell: Callable[[str], None]) -> int:
 
 def _folder(path: Path, tensors: dict[str, TensorInfo], tell: Callable[[str], None]) -> Folder | None:
     try:
-        config = read_json(path / "config.json")
-        quantization = quantization_of(config)
-        specs = None if quantization is None else specs_from_config(quantization).naming(tensors)
+        return described(path, read_json(path / "config.json"), tensors)
     except VoroqError as error:
         tell(str(error))
         return None
-    return Folder(path, config, specs, tensors)
 
 
 def _specs(folder: Folder, tell: Callable[[str], None]) -> Iterator[tuple[str, Spec]]:

@@ -23,7 +23,7 @@ _HOME = {
     "lora": "voroq.integrations.peft",
     "quantize_model": "voroq.front",
     "rotate_model": "voroq.pipeline.rotate",
-    **dict.fromkeys(["VPTQ", "GPTQ", "RTN", "METHODS"], "voroq.methods"),
+    **dict.fromkeys(["VPTQ", "PVQ", "GPTQ", "RTN", "METHODS"], "voroq.methods"),
     "Method": "voroq.methods.base",
     "Moments": "voroq.moments",
     **dict.fromkeys(["Quantized", "Band", "Tile"], "voroq.quantized"),

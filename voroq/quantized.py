@@ -50,34 +50,35 @@ class Tile:
 class Band:
     """Columns start..stop (in the transformed order) written in one codebook.
 
-    `scale` and `zero`, one per output row, map words to weights: w = scale * (word - zero). Only for tiles of one row.
+    `scale` and `zero`, one per row of tiles, map words to weights: w = scale * (word - zero).
     """
 
     start: int
     stop: int
     tile: Tile
     codebook: Codebook
-    scale: Float[Tensor, "out"] | None = None
-    zero: Float[Tensor, "out"] | None = None
+    scale: Float[Tensor, "rows"] | None = None
+    zero: Float[Tensor, "rows"] | None = None
 
     def encode(self, w: Float[Tensor, "out c"], metric: Float[Tensor, "c c"] | None = None) -> Int[Tensor, "rows cols s"]:
         """Codes of columns `w`; `c` is a multiple of the tile's width (one tile wide when a metric is given)."""
         down, along = self.tile.grid(*w.shape)
         if metric is not None and self.tile.rows > 1:
             metric = torch.kron(torch.eye(self.tile.rows, dtype=w.dtype, device=w.device), metric)
+        words = self.tile.cut(w)
         if self.scale is not None:
-            w = w / self.scale[:, None]
+            words = words / self.scale.repeat_interleave(along)[:, None]
         if self.zero is not None:
-            w = w + self.zero[:, None]
-        return self.codebook.encode(self.tile.cut(w), metric).reshape(down, along, -1)
+            words = words + self.zero.repeat_interleave(along)[:, None]
+        return self.codebook.encode(words, metric).reshape(down, along, -1)
 
     def decode(self, codes: Int[Tensor, "rows cols s"], out: int) -> Float[Tensor, "out c"]:
-        w = self.tile.join(self.codebook.decode(codes.reshape(-1, codes.shape[-1])), out)
+        words = self.codebook.decode(codes.reshape(-1, codes.shape[-1]))
         if self.zero is not None:
-            w = w - self.zero[:, None]
+            words = words - self.zero.repeat_interleave(codes.shape[1])[:, None]
         if self.scale is not None:
-            w = w * self.scale[:, None]
-        return w
+            words = words * self.scale.repeat_interleave(codes.shape[1])[:, None]
+        return self.tile.join(words, out)
 
 
 @dataclass(frozen=True)

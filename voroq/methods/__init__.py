@@ -2,9 +2,10 @@
 
 from voroq.methods.base import Method
 from voroq.methods.gptq import GPTQ
+from voroq.methods.pvq import PVQ
 from voroq.methods.rtn import RTN
 from voroq.methods.vptq import VPTQ
 
-METHODS: dict[str, type] = {"vptq": VPTQ, "gptq": GPTQ, "rtn": RTN}
+METHODS: dict[str, type] = {"vptq": VPTQ, "pvq": PVQ, "gptq": GPTQ, "rtn": RTN}
 
-__all__ = ["GPTQ", "METHODS", "RTN", "VPTQ", "Method"]
+__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method"]

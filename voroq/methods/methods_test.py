@@ -7,7 +7,7 @@ import torch
 
 from voroq.codebook.residual import Residual
 from voroq.errors import VoroqError
-from voroq.methods import GPTQ, METHODS, RTN, VPTQ, Method
+from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ, Method
 from voroq.methods.vptq import absorb, column_order, column_statistics
 from voroq.moments import Moments, observe
 from voroq.numerics.linalg import damped, proxy_loss, relative_proxy_loss
@@ -40,6 +40,7 @@ def loss(q: Quantized) -> float:
 
 BASE = {
     "vptq": VPTQ(vector_length=2, table_bits=4, outlier_table_bits=4, outlier_vector_length=2, kmeans_steps=5, rounds=1),
+    "pvq": PVQ(bits=2.0),
     "gptq": GPTQ(bits=3, group_size=16),
     "rtn": RTN(bits=3, group_size=16),
 }
@@ -48,6 +49,7 @@ OTHER = {
         vector_length=4, table_bits=5, residual_bits=2, groups=2, outlier_percent=5.0, outlier_vector_length=4, outlier_table_bits=3,
         normalize="std", permute=False, damping=0.5, kmeans_steps=1, rounds=0, sweeps=0, beam=1,
     ),
+    "pvq": dict(bits=2.5, dim=8, along="input", rotation="both", gains="paper", sweeps=0, damping=0.5),
     "gptq": dict(bits=2, group_size=None, act_order=False, grid="minmax", damping=0.5),
     "rtn": dict(bits=2, group_size=None, grid="mse"),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Little-endian bit streams: rows of small integers packed into 32-bit words.
 
 Code c of a row occupies bits [c*width, (c+1)*width) of that row's stream; bit n lives in word n // 32 at position n % 32. A code
-may straddle two words, and every row is padded with zero bits to whole words. Words are int32, the two's complement view of
+may straddle words, and every row is padded with zero bits to whole words. Words are int32, the two's complement view of
 uint32 (neither NCCL nor older torch moves unsigned integers).
 
     unpack_bits(pack_bits(values, width), width, count) == values
@@ -16,6 +16,8 @@ from torch import Tensor
 
 _SLICE = 1 << 20
 """Codes handled at a time."""
+
+_WORD = 0xFFFFFFFF
 
 _VIEWS = {8: torch.uint8, 16: torch.int16}
 """Widths whose codes are whole bytes of the (little-endian) words."""
@@ -32,23 +34,28 @@ def code_dtype(width: int) -> torch.dtype:
 
 
 def pack_bits(values: Int[Tensor, "r c"], width: int) -> Int[Tensor, "r w"]:
-    """`values` [r c], each 0 <= value < 2**width, as int32 words [r ceil(c*width/32)]. Raises ValueError for a value out of range."""
+    """`values` [r c], each 0 <= value < 2**width, as int32 words [r ceil(c*width/32)]. Raises ValueError for a value out of range.
+
+    At a width of 64 the values are int64 with the bits of uint64, and all are in range.
+    """
     _check_width(width)
     rows, count = values.shape
     words = torch.zeros(rows, words_for(count, width), dtype=torch.int32, device=values.device)
     if values.numel() == 0:
         return words
     low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= 1 << width:
+    if width < 64 and (low < 0 or high >= 1 << width):
         raise ValueError(f"codes must be 0 to {(1 << width) - 1} to fit in {width} bits, got {low} to {high}")
     first, shift = _places(count, width, values.device)
     for part in _row_slices(rows, count):
-        spread = values[part].long() << shift  # at most 32 + 31 bits
-        # Codes that share a word occupy disjoint bits, so adding is or-ing. One column too many catches the empty spill of the last code.
-        sums = torch.zeros(spread.shape[0], words.shape[1] + 1, dtype=torch.int64, device=values.device)
-        sums.index_add_(1, first, spread & 0xFFFFFFFF)
-        sums.index_add_(1, first + 1, spread >> 32)
-        words[part] = _signed(sums[:, :-1])
+        whole = values[part].long()
+        # Codes that share a word occupy disjoint bits, so adding is or-ing. Columns too many catch the empty spill of the last code.
+        sums = torch.zeros(whole.shape[0], words.shape[1] + _halves(width), dtype=torch.int64, device=values.device)
+        for half in range(_halves(width)):
+            spread = ((whole >> 32 * half) & _WORD) << shift  # at most 32 + 31 bits
+            sums.index_add_(1, first + half, spread & _WORD)
+            sums.index_add_(1, first + half + 1, (spread >> 32) & _WORD)
+        words[part] = _signed(sums[:, : words.shape[1]])
     return words
 
 
@@ -67,11 +74,14 @@ def unpack_bits(words: Int[Tensor, "r w"], width: int, count: int) -> Int[Tensor
     if values.numel() == 0:
         return values
     first, shift = _places(count, width, words.device)
-    mask = (1 << width) - 1
+    mask = (1 << width) - 1 if width < 64 else -1
     for part in _row_slices(words.shape[0], count):
-        unsigned = torch.nn.functional.pad(words[part].long() & 0xFFFFFFFF, (0, 1))
+        unsigned = torch.nn.functional.pad(words[part].long() & _WORD, (0, 1))
         pairs = unsigned[:, :-1] | (unsigned[:, 1:] << 32)  # [r w], each word with its successor
-        values[part] = ((pairs[:, first] >> shift) & mask).to(values.dtype)
+        codes = pairs[:, first] >> shift
+        if width > 32:  # what the shift brought down from above is cut off, then the high half comes from the next pair
+            codes = (codes & _WORD) | ((pairs[:, (first + 1).clamp_max(words.shape[1] - 1)] >> shift) & _WORD) << 32
+        values[part] = (codes & mask).to(values.dtype)
     return values
 
 
@@ -79,6 +89,10 @@ def _places(count: int, width: int, device: torch.device) -> tuple[Tensor, Tenso
     """Word and shift [count] where each code starts."""
     bit = torch.arange(count, device=device) * width
     return bit >> 5, bit & 31
+
+
+def _halves(width: int) -> int:
+    return 1 if width <= 32 else 2
 
 
 def _signed(unsigned: Tensor) -> Tensor:
@@ -91,5 +105,5 @@ def _row_slices(rows: int, count: int) -> list[slice]:
 
 
 def _check_width(width: int) -> None:
-    if not 1 <= width <= 32:
-        raise ValueError(f"a code has 1 to 32 bits, got {width}")
+    if not 1 <= width <= 64:
+        raise ValueError(f"a code has 1 to 64 bits, got {width}")

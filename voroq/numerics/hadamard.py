@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 from itertools import product
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 LARGEST_CORE = 1024
@@ -22,12 +22,12 @@ def random_signs(n: int, rng: torch.Generator) -> Float[Tensor, "n"]:
     return (torch.randint(0, 2, (n,), generator=rng) * 2 - 1).double()
 
 
-def rotate(x: Float[Tensor, "*rows n"], signs: Float[Tensor, "n"]) -> Float[Tensor, "*rows n"]:
+def rotate(x: Float[Tensor, "*rows n"], signs: Shaped[Tensor, "n"]) -> Float[Tensor, "*rows n"]:
     """x q, for q = diag(signs) h / sqrt(n)."""
     return hadamard(x * signs.to(x))
 
 
-def unrotate(x: Float[Tensor, "*rows n"], signs: Float[Tensor, "n"]) -> Float[Tensor, "*rows n"]:
+def unrotate(x: Float[Tensor, "*rows n"], signs: Shaped[Tensor, "n"]) -> Float[Tensor, "*rows n"]:
     """x q^T: the inverse of `rotate`."""
     return hadamard(x, transposed=True) * signs.to(x)
 

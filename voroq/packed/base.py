@@ -140,11 +140,11 @@ class Fields:
     def integer(self, name: str, low: int, high: int) -> int:
         return self._integer(name, self.data.get(name), low, high)
 
-    def integers(self, name: str, count: int | None, low: int, high: int) -> tuple[int, ...]:
-        """A list of `count` integers (1 to 8 when None), each low..high."""
+    def integers(self, name: str, count: int | None, low: int, high: int, *, most: int = 8) -> tuple[int, ...]:
+        """A list of `count` integers (1 to `most` when None), each low..high."""
         values = self.data.get(name)
-        if not isinstance(values, list) or (len(values) != count if count else not 1 <= len(values) <= 8):
-            raise self.fail(name, f"a list of {count or '1 to 8'} integers")
+        if not isinstance(values, list) or (len(values) != count if count else not 1 <= len(values) <= most):
+            raise self.fail(name, f"a list of {count or f'1 to {most}'} integers")
         return tuple(self._integer(name, value, low, high) for value in values)
 
     def table_sizes(self, name: str) -> tuple[int, ...]:

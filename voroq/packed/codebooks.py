@@ -1,23 +1,36 @@
-"""The shape of a codebook as JSON, and its numbers as one table [rows dim].
+"""The shape of a codebook as JSON, and its numbers as one table.
 
     {"kind": "grid", "bits": 3}    {"kind": "table", "k": 256}    {"kind": "residual", "k": [65536, 256]}
+    {"kind": "pyramids", "dim": 16, "bits": 32, "pulses": [8, 8, 10, 9, 8, 12, 9], "order": "split-v1"}
+    {"kind": "gain_shape", "dim": 16, "pulses": 11, "gains": 2, "order": "split-v1"}
 
-A residual's stages lie below each other in one table, main first.
+A residual's stages lie below each other in one table, main first. The table of pyramids has one column: a scale for every level, or the
+gains.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from voroq.codebook.base import Codebook
+from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
+from voroq.codebook.pyramid import Pyramids
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.errors import FormatError
-from voroq.packed.base import MAX_TABLE, Fields
+from voroq.packed.base import MAX_TABLE, MAX_VECTOR, Fields
+
+F = TypeVar("F", "PyramidsForm", "GainShapeForm")
+
+ORDER = "split-v1"
+"""How the points of a pyramid are numbered (`numerics/pyramid.py`)."""
+MAX_PULSES = 255
+"""Pulses of a level; what decoding looks up grows with their square."""
+MAX_LEVELS = 64
 
 
 @runtime_checkable
@@ -27,6 +40,9 @@ class Form(Protocol):
     """Bits of each stream."""
     rows: int
     """Rows of the stored table; 0 when the words are known without one."""
+
+    def columns(self, size: int) -> int:
+        """Columns of the stored table for tiles of `size` weights. Raises ValueError, saying what is needed, for tiles that do not fit."""
 
     def to_json(self) -> dict[str, Any]: ...
 
@@ -41,6 +57,11 @@ class GridForm:
 
     kind: ClassVar[str] = "grid"
     rows: ClassVar[int] = 0
+
+    def columns(self, size: int) -> int:
+        if size != 1:
+            raise ValueError("[1, 1] for a grid")
+        return 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -78,6 +99,9 @@ class TableForm:
     def widths(self) -> tuple[int, ...]:
         return (self.k.bit_length() - 1,)
 
+    def columns(self, size: int) -> int:
+        return size
+
     @staticmethod
     def of(codebook: Table) -> "TableForm":
         return TableForm(codebook.centroids.shape[0])
@@ -113,6 +137,9 @@ class ResidualForm:
     def widths(self) -> tuple[int, ...]:
         return tuple(k.bit_length() - 1 for k in self.sizes)
 
+    def columns(self, size: int) -> int:
+        return size
+
     @staticmethod
     def of(codebook: Residual) -> "ResidualForm":
         return ResidualForm(tuple(stage.centroids.shape[0] for stage in codebook.stages))
@@ -131,10 +158,105 @@ class ResidualForm:
         return Residual(tuple(Table(stage) for stage in table.split(list(self.sizes))))
 
 
-CODEBOOKS = {"grid": GridForm, "table": TableForm, "residual": ResidualForm}
+@dataclass(frozen=True)
+class PyramidsForm:
+    dim: int
+    bits: int
+    pulses: tuple[int, ...]
+
+    kind: ClassVar[str] = "pyramids"
+
+    @property
+    def rows(self) -> int:
+        return len(self.pulses)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.codebook(torch.ones(self.rows, 1)).widths
+
+    def columns(self, size: int) -> int:
+        return _of_pyramid(size, self.dim)
+
+    @staticmethod
+    def of(codebook: Pyramids) -> "PyramidsForm":
+        return PyramidsForm(codebook.dim, codebook.bits, codebook.pulses)
+
+    @staticmethod
+    def from_json(fields: Fields) -> "PyramidsForm":
+        fields.only("kind", "dim", "bits", "pulses", "order").choice("order", (ORDER,))
+        pulses = fields.integers("pulses", None, 1, MAX_PULSES, most=MAX_LEVELS)
+        return _checked(PyramidsForm(fields.integer("dim", 1, MAX_VECTOR), fields.integer("bits", 1, 64), pulses), fields)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "dim": self.dim, "bits": self.bits, "pulses": list(self.pulses), "order": ORDER}
+
+    def table(self, codebook: Pyramids) -> Float[Tensor, "levels 1"]:
+        return codebook.scales[:, None]
+
+    def codebook(self, table: Float[Tensor, "levels 1"]) -> Pyramids:
+        return Pyramids(self.dim, self.pulses, table[:, 0], self.bits)
+
+
+@dataclass(frozen=True)
+class GainShapeForm:
+    dim: int
+    pulses: int
+    gains: int
+
+    kind: ClassVar[str] = "gain_shape"
+
+    @property
+    def rows(self) -> int:
+        return self.gains
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.codebook(torch.ones(self.rows, 1)).widths
+
+    def columns(self, size: int) -> int:
+        return _of_pyramid(size, self.dim)
+
+    @staticmethod
+    def of(codebook: GainShape) -> "GainShapeForm":
+        return GainShapeForm(codebook.dim, codebook.pulses, codebook.gains.shape[0])
+
+    @staticmethod
+    def from_json(fields: Fields) -> "GainShapeForm":
+        fields.only("kind", "dim", "pulses", "gains", "order").choice("order", (ORDER,))
+        form = GainShapeForm(
+            fields.integer("dim", 1, MAX_VECTOR), fields.integer("pulses", 1, MAX_PULSES), fields.integer("gains", 2, 1 << 16)
+        )
+        return _checked(form, fields)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "dim": self.dim, "pulses": self.pulses, "gains": self.gains, "order": ORDER}
+
+    def table(self, codebook: GainShape) -> Float[Tensor, "levels 1"]:
+        return codebook.gains[:, None]
+
+    def codebook(self, table: Float[Tensor, "levels 1"]) -> GainShape:
+        return GainShape(self.dim, self.pulses, table[:, 0])
+
+
+def _of_pyramid(size: int, dim: int) -> int:
+    if size != dim:
+        raise ValueError(f"of {dim} weights, the dimension of the pyramids")
+    return 1
+
+
+def _checked(form: F, fields: Fields) -> F:
+    """`form`, if its points can be numbered."""
+    try:
+        form.codebook(torch.ones(form.rows, 1))
+    except ValueError as error:
+        raise fields.fail("pulses", f"such that every point has a number ({error})") from None
+    return form
+
+
+CODEBOOKS = {"grid": GridForm, "table": TableForm, "residual": ResidualForm, "pyramids": PyramidsForm, "gain_shape": GainShapeForm}
 """Codebooks a file can hold, by the name in its config."""
 
-_FORM_OF = {Grid: GridForm, Table: TableForm, Residual: ResidualForm}
+_FORM_OF = {Grid: GridForm, Table: TableForm, Residual: ResidualForm, Pyramids: PyramidsForm, GainShape: GainShapeForm}
 
 
 def form_of(codebook: Codebook) -> Form:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from voroq.codebook.grid import Grid
+from voroq.codebook.pyramid import Pyramids
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.packed.base import Packed
@@ -17,6 +18,7 @@ from voroq.packed.format import pack
 from voroq.quantized import Band, Quantized, Tile
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
+from voroq.transform.hadamard import Hadamard
 from voroq.transform.permute import Permute
 from voroq.transform.rows import RowAffine
 
@@ -26,6 +28,8 @@ def random_transform(columns: int, steps: tuple[str, ...], rng: torch.Generator,
         "rows": lambda: RowAffine(torch.rand(out, generator=rng) + 0.5, torch.randn(out, generator=rng) / 8),
         "affine": lambda: ColumnAffine(torch.rand(columns, generator=rng) + 0.5, torch.randn(columns, generator=rng) / 8),
         "permute": lambda: Permute(torch.randperm(columns, generator=rng)),
+        "rotate_in": lambda: Hadamard.random((out, columns), rng),
+        "rotate_both": lambda: Hadamard.random((out, columns), rng, both=True),
     }
     return Chain(tuple(made[step]() for step in steps))
 
@@ -35,10 +39,16 @@ def random_table(sizes: tuple[int, ...], dim: int, rng: torch.Generator) -> Tabl
     return stages[0] if len(stages) == 1 else Residual(stages)
 
 
+def random_pyramids(dim: int, pulses: tuple[int, ...], spare: int, rng: torch.Generator) -> Pyramids:
+    """With up to `spare` more bits than the points need."""
+    scales = torch.rand(len(pulses), generator=rng) + 0.1
+    return Pyramids(dim, pulses, scales, min(64, Pyramids(dim, pulses, scales).bits + spare))
+
+
 def random_band(start: int, stop: int, tile: Tile, codebook, out: int, rng: torch.Generator, *, scale=False, zero=False):
     down, along = tile.grid(out, stop - start)
     codes = torch.stack([torch.randint(0, 2**width, (down, along), generator=rng) for width in codebook.widths], dim=-1)
-    scales = torch.rand(out, generator=rng) / 4 + 0.1 if scale else None
+    scales = torch.rand(down, generator=rng) / 4 + 0.1 if scale else None
     zeros = torch.randint(0, 2 ** codebook.widths[0], (out,), generator=rng).float() if zero else None
     return Band(start, stop, tile, codebook, scales, zeros), codes
 

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
 from voroq.codebook.table import Table
 from voroq.errors import FormatError
-from voroq.packed.conftest import assert_same, random_band, random_gptq, random_table, random_transform, random_vptq
+from voroq.packed.conftest import assert_same, random_band, random_gptq, random_pyramids, random_table, random_transform, random_vptq
 from voroq.packed.format import LAYOUTS, bits_per_weight, pack, spec_bytes, total_bytes, unpack
 from voroq.packed.native_format import NativeSpec
 from voroq.packed.vptq_format import VptqSpec
@@ -43,17 +44,26 @@ def native_linears(draw):
     rng = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     out, at, bands = draw(st.integers(1, 9)), 0, []
     for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["grid", "table", "residual"]))
+        kind = draw(st.sampled_from(["grid", "table", "residual", "pyramids", "gain_shape"]))
         rows = draw(st.integers(1, 3)) if kind != "grid" else 1
         tile = Tile(rows, draw(st.integers(1, 3)) if kind != "grid" else 1)
         sizes = (8,) if kind == "table" else (8, 2, 4)
-        codebook = Grid(draw(st.integers(1, 8))) if kind == "grid" else random_table(sizes, tile.size, rng)
-        scale = rows == 1 and draw(st.booleans())
+        if kind == "grid":
+            codebook = Grid(draw(st.integers(1, 8)))
+        elif kind == "pyramids":
+            pulses = tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=4)))
+            codebook = random_pyramids(tile.size, pulses, draw(st.integers(0, 20)), rng)
+        elif kind == "gain_shape":
+            codebook = GainShape(tile.size, draw(st.integers(1, 30)), torch.rand(4, generator=rng) + 0.1)
+        else:
+            codebook = random_table(sizes, tile.size, rng)
+        scale = draw(st.booleans())
         for _ in range(draw(st.integers(1, 3))):
             stop = at + tile.cols * draw(st.sampled_from([2, 2, 3]))
             bands.append(random_band(at, stop, tile, codebook, out, rng, scale=scale, zero=kind == "grid" and draw(st.booleans())))
             at = stop
-    transform = random_transform(at, tuple(draw(st.lists(st.sampled_from(["affine", "permute"]), unique=True))), rng)
+    kinds = ["affine", "permute", draw(st.sampled_from(["rotate_in", "rotate_both"]))]
+    transform = random_transform(at, tuple(draw(st.lists(st.sampled_from(kinds), unique=True))), rng, out)
     return Quantized((out, at), transform, tuple(band for band, _ in bands), tuple(codes for _, codes in bands))
 
 

@@ -23,13 +23,20 @@ from voroq.packed.base import MAX_SIDE, MAX_VECTOR, Fields, Role, Stored, as_int
 from voroq.packed.codebooks import Form, GridForm, form_from_json, form_of
 from voroq.quantized import Band, Quantized, Tile
 from voroq.transform.affine import ColumnAffine
+from voroq.transform.base import Transform
 from voroq.transform.chain import Chain
+from voroq.transform.hadamard import Hadamard
 from voroq.transform.permute import Permute
 
-TRANSFORMS = {"affine": ColumnAffine, "permute": Permute}
+TRANSFORMS = {"affine": ColumnAffine, "permute": Permute, "rotate_in": Hadamard, "rotate_both": Hadamard}
 """Transforms a file can hold, by the name in its config; each at most once."""
 
-_STEP_TENSORS = {"affine": {"scale": "weight_scale_in", "shift": "weight_shift_in"}, "permute": {"perm": "weight_perm"}}
+_STEP_TENSORS = {
+    "affine": {"scale": "weight_scale_in", "shift": "weight_shift_in"},
+    "permute": {"perm": "weight_perm"},
+    "rotate_in": {"input": "weight_signs_in"},
+    "rotate_both": {"input": "weight_signs_in", "output": "weight_signs_out"},
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,10 @@ class Run:
         down, along = self.tile.grid(out, self.count * self.columns)
         stored = [Stored(f"weight_codes{suffix}", (down, words_for(along, self.width)), Role.CODES, (torch.int32,))]
         if self.form.rows:
-            stored.append(Stored(f"weight_tables{suffix}", (self.count, self.form.rows, self.tile.size), Role.TABLE))
+            table = (self.count, self.form.rows, self.form.columns(self.tile.size))
+            stored.append(Stored(f"weight_tables{suffix}", table, Role.TABLE))
         if self.scale:
-            stored.append(Stored(f"weight_scales{suffix}", (self.count, out), Role.SCALE))
+            stored.append(Stored(f"weight_scales{suffix}", (self.count, down), Role.SCALE))
         if self.zero:
             stored.append(Stored(f"weight_zeros{suffix}", (self.count, words_for(out, self.width)), Role.CODES, (torch.int32,)))
         return stored
@@ -72,12 +80,12 @@ class Run:
         run = Run(fields.integer("count", 1, MAX_SIDE), columns, tile, form, fields.boolean("scale"), fields.boolean("zero"))
         if tile.size > MAX_VECTOR or columns % tile.cols:
             raise fields.fail("tile", f"of at most {MAX_VECTOR} weights, and as wide as divides {columns} columns")
-        if isinstance(form, GridForm) and tile.size != 1:
-            raise fields.fail("tile", "[1, 1] for a grid")
+        try:
+            form.columns(tile.size)
+        except ValueError as error:
+            raise fields.fail("tile", str(error)) from None
         if run.zero and not isinstance(form, GridForm):
             raise fields.fail("zero", "false unless the codebook is a grid")
-        if run.scale and tile.rows != 1:
-            raise fields.fail("scale", "false for tiles of more than one row")
         return run
 
 
@@ -99,6 +107,10 @@ class NativeSpec:
             stored.append(Stored("weight_perm", (columns,), Role.PERM, (dtype,)))
         if "affine" in self.steps:
             stored += [Stored(name, (columns,), Role.SCALE) for name in _STEP_TENSORS["affine"].values()]
+        for kind in ("rotate_in", "rotate_both"):
+            if kind in self.steps:
+                sides = zip(_STEP_TENSORS[kind].values(), (columns, out), strict=False)
+                stored += [Stored(name, (words_for(side, 1),), Role.CODES, (torch.int32,)) for name, side in sides]
         return tuple(stored)
 
     def to_json(self, *, bias: bool = False) -> dict[str, Any]:
@@ -113,8 +125,8 @@ class NativeSpec:
         if shape not in (None, (out, columns)):
             raise fields.fail("shape", f"{list(shape)}, as in the model")
         steps = tuple(step.only("kind").choice("kind", TRANSFORMS) for step in fields.objects("transform", len(TRANSFORMS)))
-        if len(set(steps)) != len(steps):
-            raise fields.fail("transform", "a list in which each kind occurs at most once")
+        if len({TRANSFORMS[step] for step in steps}) != len(steps):
+            raise fields.fail("transform", "a list in which each kind occurs at most once, and one rotation at most")
         runs = tuple(Run.from_json(run) for run in fields.objects("bands", columns))
         covered = sum(run.count * run.columns for run in runs)
         if covered != columns:
@@ -126,13 +138,9 @@ class NativeSpec:
     @staticmethod
     def of(q: Quantized) -> "NativeSpec":
         """The spec that stores `q`. Raises FormatError saying what of it this layout cannot hold."""
-        kinds = {kind: name for name, kind in TRANSFORMS.items()}
-        for step in q.transform.steps:
-            if type(step) not in kinds:
-                raise FormatError(f"a {type(step).__name__} transform cannot be stored; storable are {', '.join(TRANSFORMS)}")
-        steps = tuple(kinds[type(step)] for step in q.transform.steps)
-        if len(set(steps)) != len(steps):
-            raise FormatError(f"a transform with the steps {', '.join(steps)} cannot be stored: each kind at most once")
+        steps = tuple(_kind(step) for step in q.transform.steps)
+        if len({TRANSFORMS[step] for step in steps}) != len(steps):
+            raise FormatError(f"a transform with the steps {', '.join(steps)} cannot be stored: each kind, and one rotation, at most once")
         for band in q.bands:
             if band.zero is not None:
                 _check_zeros(band)
@@ -154,7 +162,7 @@ class NativeSpec:
         for kind, step in zip(self.steps, q.transform.steps, strict=True):
             for field, name in _STEP_TENSORS[kind].items():
                 value = step.tensors()[field]
-                tensors[name] = _narrow_perm(value) if kind == "permute" else value.to(dtype)
+                tensors[name] = _narrow_perm(value) if kind == "permute" else _packed_signs(value) if kind in _SIGNED else value.to(dtype)
         return tensors
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quantized:
@@ -164,15 +172,39 @@ class NativeSpec:
                 bands.append(band)
                 codes.append(band_codes)
             start += run.count * run.columns
-        steps = []
-        for kind in self.steps:
-            stored = {field: tensors[name] for field, name in _STEP_TENSORS[kind].items()}
-            steps.append(TRANSFORMS[kind](**{field: from_int16(t) if kind == "permute" else t.float() for field, t in stored.items()}))
-        return Quantized(self.shape, Chain(tuple(steps)), tuple(bands), tuple(codes))
+        steps = tuple(self._step(kind, {field: tensors[name] for field, name in _STEP_TENSORS[kind].items()}) for kind in self.steps)
+        return Quantized(self.shape, Chain(steps), tuple(bands), tuple(codes))
+
+    def _step(self, kind: str, stored: dict[str, Tensor]) -> Transform:
+        if kind in _SIGNED:
+            sides = {"input": self.shape[1], "output": self.shape[0]}
+            return Hadamard(**{side: _signs(words, sides[side]) for side, words in stored.items()})
+        return TRANSFORMS[kind](**{field: from_int16(t) if kind == "permute" else t.float() for field, t in stored.items()})
 
     def _runs_with_start(self) -> list[tuple[Run, int]]:
         starts = accumulate((run.count for run in self.runs), initial=0)
         return list(zip(self.runs, starts, strict=False))
+
+
+_SIGNED = ("rotate_in", "rotate_both")
+
+
+def _kind(step: Transform) -> str:
+    if isinstance(step, Hadamard):
+        return "rotate_in" if step.output is None else "rotate_both"
+    found = next((name for name, kind in TRANSFORMS.items() if type(step) is kind), None)
+    if found is None:
+        raise FormatError(f"a {type(step).__name__} transform cannot be stored; storable are {', '.join(TRANSFORMS)}")
+    return found
+
+
+def _packed_signs(signs: Int[Tensor, "n"]) -> Int[Tensor, "w"]:
+    """One bit a sign, 1 for -1."""
+    return pack_bits((signs < 0).long()[None], 1)[0]
+
+
+def _signs(words: Int[Tensor, "w"], count: int) -> Int[Tensor, "n"]:
+    return (1 - 2 * unpack_bits(words[None], 1, count)[0]).to(torch.int8)
 
 
 def _suffix(run: int) -> str:
@@ -197,7 +229,7 @@ def _unpack_run(run: Run, tensors: Mapping[str, Tensor], suffix: str, start: int
     merged = unpack_bits(tensors[f"weight_codes{suffix}"], run.width, run.count * along)
     codes = base.split_streams(merged, run.form.widths).split(along, dim=1)
     none = [None] * run.count
-    tables: list[Float[Tensor, "k dim"]] = [torch.empty(0, 1)] * run.count
+    tables: list[Float[Tensor, "k _"]] = [torch.empty(0, 1)] * run.count
     if run.form.rows:
         tables = list(tensors[f"weight_tables{suffix}"].float())
     scales = list(tensors[f"weight_scales{suffix}"].float()) if run.scale else none

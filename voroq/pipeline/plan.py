@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
+from voroq.codebook import presets
 from voroq.errors import VoroqError
-from voroq.methods import GPTQ, METHODS, RTN, VPTQ, Method
+from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ, Method
 from voroq.packed.vptq_format import LEAST_ROW
 
 Shape = tuple[int, int]
@@ -61,7 +62,7 @@ class Budget:
 def make_plan(method: str, bits: float | None, options: dict[str, str]) -> Plan | Budget:
     """What the command line asked for: a budget where `bits` is given, else the method with `options` for every site.
 
-    With neither bits nor an option that sets the rate, the budget is 2 bits for vptq and 4.25 for the grids.
+    With neither bits nor an option that sets the rate, the budget is 2 bits for vptq, 3.25 for pvq and 4.25 for the grids.
     """
     _check_known(method)
     fixed = parse_options(method, options)
@@ -69,7 +70,7 @@ def make_plan(method: str, bits: float | None, options: dict[str, str]) -> Plan 
     if bits is None and {"bits", "vector_length", "table_bits"} & set(fixed):
         return Plan(METHODS[method](**fixed))
     if bits is None:
-        bits = 2.0 if method == "vptq" else 4.25
+        bits = {"vptq": 2.0, "pvq": 3.25}.get(method, 4.25)
     if not 0 < bits <= 16:
         raise VoroqError(f"{bits:g} bits per weight is out of range; give more than 0 and at most 16")
     return Budget(method, bits, tuple(fixed.items()))
@@ -119,7 +120,10 @@ class Choice:
 
 def menu(name: str, fixed: dict[str, Any], shape: Shape, float_bits: int) -> list[Choice]:
     """All settings of a method worth trying on a matrix of `shape`, the `fixed` fields respected."""
-    found = _vptq_menu(fixed, shape) if name == "vptq" else _grid_menu(METHODS[name], fixed)
+    if name == "pvq":
+        found = _pyramid_menu(fixed, shape)
+    else:
+        found = _vptq_menu(fixed, shape) if name == "vptq" else _grid_menu(METHODS[name], fixed)
     return [Choice(method, method.stored_bits(shape, float_bits), cost * math.prod(shape)) for method, cost in found]
 
 
@@ -138,6 +142,18 @@ def _vptq_menu(fixed: dict[str, Any], shape: Shape) -> list[tuple[VPTQ, float]]:
             method = VPTQ(**{**fixed, "vector_length": length, "table_bits": bits})
             stages = 2.0 ** (-2 * bits / length) * (1.3 * 2.0 ** (-2 * method.residual_bits / length) if method.residual_bits else 1.0)
             found.append((method, gaussian_factor(length) * stages))
+    return found
+
+
+def _pyramid_menu(fixed: dict[str, Any], shape: Shape) -> list[tuple[PVQ, float]]:
+    dims = [fixed["dim"]] if "dim" in fixed else presets.dims()
+    found = []
+    for dim in dims:
+        if fixed.get("along") == "input" and shape[1] % dim:
+            continue
+        for width in presets.widths(dim):
+            if "bits" not in fixed or round(fixed["bits"] * dim) == width:
+                found.append((PVQ(**{**fixed, "dim": dim, "bits": width / dim}), presets.distortion(dim, width)))
     return found
 
 

@@ -5,9 +5,10 @@ can be checked. With E = w - q the loss tr(E H E^T) is, in one column, a parabol
 
     target_j = q_j + (E H)_j / H_jj
 
-and its curvature H_jj is one scalar, so for tiles one column wide the nearest word in the Euclidean sense is the best one. A code moves
-only where that lowers the loss: the loss never rises, and where a whole sweep moves nothing no single code can be improved. (QuIP's greedy
-passes, Chee et al. 2023; QuIP#'s tuning sweeps, Tseng et al. 2024, with the exact metric.)
+and its curvature H_jj is one scalar, so for tiles one column wide the nearest word in the Euclidean sense is the best one. For wider tiles
+j is a block of columns, 1 / H_jj the inverse of the block, and the nearest word is sought in the block as metric. A code moves only where
+that lowers the loss: the loss never rises, and where a whole sweep moves nothing no single code can be improved (as far as the codebook's
+search can tell). (QuIP's greedy passes, Chee et al. 2023; QuIP#'s tuning sweeps, Tseng et al. 2024, with the exact metric.)
 """
 
 from collections.abc import Sequence
@@ -27,11 +28,7 @@ def descend(w: Matrix, h: Square, bands: Sequence[Band], codes: Sequence[Tensor]
 
     `w` [out in] and the positive definite `h` [in in] are in stored order. `lazy` columns are finished before the rest hears of their
     moves, in one matrix product; it changes the speed, not the result. `targets` are those of the last sweep.
-
-    Raises ValueError for tiles wider than one column.
     """
-    if any(band.tile.cols > 1 for band in bands):
-        raise ValueError("coordinate descent works on tiles one column wide; round wider tiles by feedback alone")
     out = w.shape[0]
     codes = [part.clone() for part in codes]
     made = torch.cat([band.decode(part, out) for band, part in zip(bands, codes, strict=True)], dim=1).T.contiguous()  # [in out]
@@ -40,10 +37,12 @@ def descend(w: Matrix, h: Square, bands: Sequence[Band], codes: Sequence[Tensor]
     for _ in range(sweeps):
         moved = False
         for band, part in zip(bands, codes, strict=True):
-            for start in range(band.start, band.stop, lazy):
-                stop = min(start + lazy, band.stop)
+            width = band.tile.cols
+            stride = max(width, lazy // width * width)
+            for start in range(band.start, band.stop, stride):
+                stop = min(start + stride, band.stop)
                 block = slice(start, stop)
-                local = part[:, start - band.start : stop - band.start]  # a view: codes change in place
+                local = part[:, (start - band.start) // width : (stop - band.start) // width]  # a view: codes change in place
                 steps, targets[block] = _block(band, local, made[block], pull[block], h[block, block])
                 if steps.any():
                     moved = True
@@ -55,25 +54,28 @@ def descend(w: Matrix, h: Square, bands: Sequence[Band], codes: Sequence[Tensor]
 
 
 def _block(
-    band: Band, codes: Int[Tensor, "rows c s"], made: Float[Tensor, "c out"], pull: Float[Tensor, "c out"], h: Float[Tensor, "c c"]
+    band: Band, codes: Int[Tensor, "rows t s"], made: Float[Tensor, "c out"], pull: Float[Tensor, "c out"], h: Float[Tensor, "c c"]
 ) -> tuple[Float[Tensor, "c out"], Float[Tensor, "c out"]]:
-    """Steps and targets of a block's columns, each column knowing the steps of those before it; `codes` move in place."""
-    pull, out = pull.clone(), made.shape[1]
+    """Steps and targets of a block's columns, each tile's knowing the steps of those before it; `codes` move in place."""
+    pull, out, width = pull.clone(), made.shape[1], band.tile.cols
     steps, targets = torch.empty_like(made), torch.empty_like(made)
-    for i in range(made.shape[0]):
-        step = pull[i] / h[i, i]
-        targets[i] = made[i] + step
-        column = targets[i : i + 1].T
-        found = band.encode(column)
+    for i in range(0, made.shape[0], width):
+        j = i + width
+        metric = h[i:j, i:j] if width > 1 else None
+        step = pull[i:j] / h[i, i] if metric is None else torch.linalg.solve(metric, pull[i:j])
+        targets[i:j] = made[i:j] + step
+        columns = targets[i:j].T
+        found = band.encode(columns, metric)
         words = band.decode(found, out)
-        better = _cost(band, column - words) < _cost(band, step[:, None])
-        codes[:, i] = torch.where(better[:, None], found[:, 0], codes[:, i])
-        change = words[:, 0] - made[i]
-        steps[i] = torch.where(better.repeat_interleave(band.tile.rows)[:out], change, torch.zeros_like(change))
-        pull[i + 1 :].addr_(h[i + 1 :, i], steps[i], alpha=-1)
+        better = _cost(band, columns - words, metric) < _cost(band, step.T, metric)
+        codes[:, i // width] = torch.where(better[:, None], found[:, 0], codes[:, i // width])
+        steps[i:j] = torch.where(better.repeat_interleave(band.tile.rows)[:out], words.T - made[i:j], 0)
+        pull[j:].addmm_(h[j:, i:j], steps[i:j], alpha=-1)
     return steps, targets
 
 
-def _cost(band: Band, delta: Float[Tensor, "out 1"]) -> Float[Tensor, "rows"]:
-    """Squared length of each tile of a column."""
-    return band.tile.cut(delta).square().sum(1)
+def _cost(band: Band, delta: Float[Tensor, "out w"], metric: Float[Tensor, "w w"] | None) -> Float[Tensor, "rows"]:
+    """Squared length of each tile of a column of tiles, in `metric` along its columns."""
+    if metric is None:
+        return band.tile.cut(delta).square().sum(1)
+    return band.tile.cut((delta @ metric) * delta).sum(1)

@@ -1,13 +1,13 @@
 """A randomised Hadamard rotation of the inputs, and of the outputs if wanted: w' = q_out^T w q_in, h' = q_in^T h q_in.
 
 With it no single input or output carries an error alone ("incoherence": QuIP#, Tseng et al. 2024, arXiv 2402.04396). What must be
-stored is one sign per input (and output); multiplying costs one fast transform per side.
+stored is one sign per input (and output), an integer and no subject to tuning; multiplying costs one fast transform per side.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from voroq.numerics.hadamard import random_signs, rotate, unrotate
@@ -19,14 +19,14 @@ from voroq.transform.base import Inner
 class Hadamard:
     """`input` has a sign for every column; `output` one for every row, or is None: rows stay as they are."""
 
-    input: Float[Tensor, "in"]
-    output: Float[Tensor, "out"] | None = None
+    input: Int[Tensor, "in"]
+    output: Int[Tensor, "out"] | None = None
 
     @staticmethod
     def random(shape: tuple[int, int], rng: torch.Generator, *, both: bool = False) -> "Hadamard":
         """Random signs for a weight of `shape` (out, in): for its inputs, or for `both` sides."""
-        signs = random_signs(shape[1], rng)
-        return Hadamard(signs, random_signs(shape[0], rng) if both else None)
+        signs = random_signs(shape[1], rng).to(torch.int8)
+        return Hadamard(signs, random_signs(shape[0], rng).to(torch.int8) if both else None)
 
     def weight(self, w: Matrix) -> Matrix:
         w = rotate(w, self.input)

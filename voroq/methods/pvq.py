@@ -1,0 +1,141 @@
+"""PVQ: vectors on integer pyramids, no codebook stored (van der Ouderaa et al. 2024, arXiv 2410.16926), with second-order feedback.
+
+    1. optionally rotate inputs, or inputs and outputs, by a randomised Hadamard transform
+    2. one scale per row of tiles, its root mean square; the levels' scales fitted to the matrix by Lloyd's rule
+    3. sweep with error feedback. Tiles down the output (16 x 1): the feedback is exact column by column and the search Euclidean. Tiles
+       along the input (1 x 16): the search is in the metric of what later columns cannot mend
+    4. refit row scales and levels to the proxy loss, then sweeps of coordinate descent, then refit again
+
+The words are those of `codebook/pyramid.py`, a union of pyramids; `gains="paper"` is the paper's form, one pyramid of directions and a
+gain of its own bits. Step 4 is not in the paper.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from voroq.codebook.gain_shape import gain_shape
+from voroq.codebook.presets import dims, preset, widths
+from voroq.codebook.pyramid import Pulses, Pyramids
+from voroq.errors import VoroqError
+from voroq.methods.gptq import activation_order, check_damping
+from voroq.methods.vptq import absorb
+from voroq.moments import Moments
+from voroq.numerics.linalg import damped
+from voroq.quantized import Band, Quantized, Tile
+from voroq.rounding.descent import descend
+from voroq.rounding.feedback import Rounded, feedback
+from voroq.shapes import Matrix, Square, Vectors
+from voroq.transform.chain import Chain
+from voroq.transform.hadamard import Hadamard
+from voroq.transform.permute import Permute
+from voroq.tuning.scales import refit_levels, refit_rows
+
+SAMPLE = 1 << 15
+"""Vectors on which the levels are fitted before the first sweep."""
+FITS = 5
+"""Steps of Lloyd's rule in that fit."""
+
+
+@dataclass(frozen=True)
+class PVQ:
+    """Pyramid vector quantization with error feedback; no codebook is stored."""
+
+    bits: float = 3.0
+    """index bits per weight; bits * dim is rounded to whole bits per vector"""
+    dim: int = 16
+    """weights per vector, 8 or 16 (16 reaches 4 bits, 8 reaches 6)"""
+    along: str = "output"
+    """the direction of a vector: output (exact feedback) or input (sought in the metric of the Hessian)"""
+    rotation: str = "input"
+    """randomised Hadamard rotation of inputs (their activations are rotated at run time) or of both sides: none, input, both"""
+    gains: str = "levels"
+    """how lengths are coded: levels (a union of pyramids, each with its scale) or paper (one pyramid of directions and gains apart)"""
+    sweeps: int = 2
+    """coordinate-descent sweeps over the codes after the feedback, 0 to 100"""
+    damping: float = 0.01
+    """added to the Hessian's diagonal, relative to its mean"""
+
+    def __post_init__(self) -> None:
+        if self.dim not in dims():
+            raise VoroqError(f"dim={self.dim} has no pyramids prepared; choose one of {', '.join(map(str, dims()))}")
+        low, high = widths(self.dim)[0] / self.dim, widths(self.dim)[-1] / self.dim
+        if not low <= self.bits <= high:
+            raise VoroqError(f"bits={self.bits:g} is out of range for dim={self.dim}; give {low:g} to {high:g}")
+        for name, choices in (("along", ("output", "input")), ("rotation", ("none", "input", "both")), ("gains", ("levels", "paper"))):
+            if getattr(self, name) not in choices:
+                raise VoroqError(f"{name}={getattr(self, name)!r} is unknown; choose {', '.join(choices)}")
+        if not 0 <= self.sweeps <= 100:
+            raise VoroqError(f"sweeps={self.sweeps} is out of range; give 0 to 100")
+        check_damping(self.damping)
+
+    @property
+    def width(self) -> int:
+        """Bits per vector."""
+        return round(self.bits * self.dim)
+
+    def __call__(self, w: Matrix, moments: Moments, rng: torch.Generator) -> Quantized:
+        h, notes = damped(moments.hessian(), self.damping)
+        steps = [] if self.rotation == "none" else [Hadamard.random((w.shape[0], w.shape[1]), rng, both=self.rotation == "both")]
+        h_rotated = Chain(tuple(steps)).hessian(h)
+        if self.along == "output":
+            steps.append(Permute(activation_order(h_rotated)))  # absorbed again: any order of columns costs nothing
+        transform = Chain(tuple(steps))
+        w_stored, h_stored = transform.weight(w), transform.hessian(h)
+        done = self._sweeps(w_stored, h_stored) if self.gains == "paper" else _numbered(self._sweeps(w_stored, h_stored), self.width)
+        out = Quantized((w.shape[0], w.shape[1]), transform, done.bands, done.codes, notes)
+        return absorb(out) if self.along == "output" else out
+
+    def _sweeps(self, w: Matrix, h: Square) -> Rounded:
+        done = _refitted(w, h, feedback(w, h, [self._fit(w)], metric=self.along == "input"))
+        if self.sweeps:
+            done = _refitted(w, h, descend(w, h, done.bands, done.codes, sweeps=self.sweeps))
+        return done
+
+    def _fit(self, w: Matrix) -> Band:
+        tile = self.tile
+        down, along = tile.grid(*w.shape)
+        power = tile.cut(w).reshape(down, -1).square().mean(1)
+        scale = torch.where(power > 0, power.sqrt(), torch.ones_like(power))
+        if self.gains == "paper":
+            return Band(0, w.shape[1], tile, gain_shape(self.dim, self.width, w.shape[1]), scale)
+        vectors: Vectors = tile.cut(w) / scale.repeat_interleave(along)[:, None]
+        vectors = vectors[:: max(1, vectors.shape[0] // SAMPLE)]
+        book = preset(self.dim, self.width).spelled
+        for _ in range(FITS):
+            book = book.with_tensors({"scales": book.fitted(vectors, book.encode(vectors))})
+        return Band(0, w.shape[1], tile, book, scale)
+
+    @property
+    def tile(self) -> Tile:
+        return Tile(self.dim, 1) if self.along == "output" else Tile(1, self.dim)
+
+    def stored_bits(self, shape: tuple[int, int], float_bits: int = 16) -> int:
+        """Bits the native format stores for a matrix of `shape` (out, in): codes, scales, signs of the rotation."""
+        out, columns = shape
+        if columns % self.tile.cols:
+            raise VoroqError(f"along=input needs multiples of dim={self.dim} columns, got {columns}; use along=output for this linear")
+        down, along = self.tile.grid(out, columns)
+        signs = {"none": (), "input": (columns,), "both": (columns, out)}[self.rotation]
+        if self.gains == "paper":
+            book = gain_shape(self.dim, self.width, columns)
+            width, levels = sum(book.widths), book.gains.shape[0]
+        else:
+            width, levels = self.width, len(preset(self.dim, self.width).pulses)
+        return down * -(-along * width // 32) * 32 + (down + levels) * float_bits + sum(-(-n // 32) * 32 for n in signs)
+
+
+def _refitted(w: Matrix, h: Square, done: Rounded) -> Rounded:
+    """`done` with the row scales, and then the levels, that suit its codes best; the paper's gains stay what theory says."""
+    band = done.bands[0]
+    if isinstance(band.codebook, Pulses):
+        band = refit_levels(w, h, refit_rows(w, h, band, done.codes[0]), done.codes[0])
+    return replace(done, bands=(band,))
+
+
+def _numbered(done: Rounded, width: int) -> Rounded:
+    """`done` with every word under its number, as it is stored."""
+    (band,), (codes,) = done.bands, done.codes
+    book = Pyramids(band.codebook.dim, band.codebook.pulses, band.codebook.scales, width)
+    numbers = book.number(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+    return replace(done, bands=(replace(band, codebook=book),), codes=(numbers,))

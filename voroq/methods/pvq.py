@@ -96,7 +96,7 @@ class PVQ:
         tile = self.tile
         down, along = tile.grid(*w.shape)
         power = tile.cut(w).reshape(down, -1).square().mean(1)
-        scale = torch.where(power > 0, power.sqrt(), torch.ones_like(power))
+        scale = power.sqrt().clamp_min(2.0**-24)  # the least that float16 holds, for rows of zeros
         if self.gains == "paper":
             return Band(0, w.shape[1], tile, gain_shape(self.dim, self.width, w.shape[1]), scale)
         vectors: Vectors = tile.cut(w) / scale.repeat_interleave(along)[:, None]

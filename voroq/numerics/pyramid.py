@@ -45,13 +45,20 @@ def project(x: Vectors, pulses: Int[Tensor, "n"]) -> Vectors:
 
     With y = round(|x| + t), negatives cut to 0, no vector with the same sum is nearer, whatever t; from such a y, one pulse to the largest
     remainder (or from the smallest) gives the nearest vector with one more (or less). t spreads what is missing, so few are left to move.
+    Entries more than pulses + 1 below the largest get no pulse, and a common shift of all others changes nothing: so none is larger.
     """
     size = x.abs()
-    y = (size + ((pulses - size.sum(1)) / x.shape[1])[:, None]).round_().clamp_min_(0)
+    largest = size.amax(1, keepdim=True)
+    size = (size - largest + largest.minimum(pulses[:, None] + 1)).clamp_min(0)
+    t = ((pulses - size.sum(1)) / x.shape[1])[:, None]
+    for _ in range(2):  # towards the t at which nothing is missing: spread it over the entries that stay above 0
+        above = size + t > 0
+        t = (pulses[:, None] - (size * above).sum(1, keepdim=True)) / above.sum(1, keepdim=True).clamp_min(1)
+    y = (size + t).round_().clamp_min_(0)
     missing = pulses - y.sum(1)
     rows = missing.nonzero()[:, 0]
     left, size_here, y_here = missing[rows], size[rows], y[rows]
-    while rows.numel():
+    for _ in range(int(left.abs().nan_to_num(0).max()) if rows.numel() else 0):
         add = left > 0
         rest = size_here - y_here
         score = torch.where(add[:, None], rest, torch.where(y_here > 0, -rest, -torch.inf))

@@ -111,6 +111,14 @@ def test_projection_of_zeros_ties_and_extremes_still_has_every_pulse():
         assert torch.equal(y.abs().sum(1), torch.full((5,), float(pulses))) and torch.equal(y, y.round())
 
 
+@pytest.mark.parametrize("size", [1e3, 1e9, 1e20])
+def test_projection_of_lone_giants_takes_no_longer(size: float):
+    x = torch.eye(16) * size + torch.rand(16, 16, generator=rng()) * size / 1e4
+    assert torch.equal(project(x, torch.full((16,), 40)), 40 * torch.eye(16))
+    x = torch.cat([x, torch.full((1, 16), torch.nan)])  # comes back, whatever it means
+    assert project(x, torch.full((17,), 40)).shape == (17, 16)
+
+
 def test_projection_follows_signs_and_order():
     x, pulses = torch.randn(200, 8, generator=rng(2)), torch.randint(1, 30, (200,), generator=rng(3))
     order, signs = torch.randperm(8, generator=rng(4)), torch.tensor([1.0, -1, 1, 1, -1, -1, 1, -1])

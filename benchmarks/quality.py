@@ -29,10 +29,19 @@ REFERENCE = {
     "GPTQ w4 g128 act-order": (4.190, (39.99, 39.19, 93.43)),
 }
 OURS = {
-    "VPTQ v4 k256": [("vptq", 2.107, {}, "fast"), ("vptq", 2.107, {}, "balanced"), ("vptq", 2.107, {}, "best")],
-    "VPTQ v2 k64": [("vptq", 3.043, {}, "fast"), ("vptq", 3.043, {}, "balanced")],
-    "GPTQ w3 g128 act-order mse": [("gptq", None, {"bits": "3", "group_size": "128"}, "fast")],
-    "GPTQ w4 g128 act-order": [("gptq", None, {"bits": "4", "group_size": "128"}, "fast")],
+    "VPTQ v4 k256": [
+        ("vptq", 2.107, {}, "fast"),
+        ("vptq", 2.107, {}, "balanced"),
+        ("vptq", 2.107, {}, "best"),
+        ("pvq", 2.107, {}, "fast"),
+    ],
+    "VPTQ v2 k64": [("vptq", 3.043, {}, "fast"), ("vptq", 3.043, {}, "balanced"), ("pvq", 3.043, {}, "fast")],
+    "GPTQ w3 g128 act-order mse": [("gptq", None, {"bits": "3", "group_size": "128"}, "fast"), ("pvq", 3.0, {}, "fast")],
+    "GPTQ w4 g128 act-order": [
+        ("gptq", None, {"bits": "4", "group_size": "128"}, "fast"),
+        ("pvq", 3.25, {}, "fast"),
+        ("pvq", 4.0, {}, "fast"),
+    ],
 }
 
 
@@ -49,11 +58,12 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="the settings whose name holds this")
     parser.add_argument("--effort", default="", choices=["", *EFFORTS], help="only the rows of this effort")
+    parser.add_argument("--method", default="", choices=["", "vptq", "pvq", "gptq"], help="only the rows of this method")
     args = parser.parse_args()
     samples, windows = (32, 10) if args.quick else (512, 100)
     rows = []
     for name, (reference_bits, reference) in REFERENCE.items():
-        chosen = [row for row in OURS[name] if args.only in name and args.effort in ("", row[3])]
+        chosen = [row for row in OURS[name] if args.only in name and args.effort in ("", row[3]) and args.method in ("", row[0])]
         if chosen:
             rows.append(_row("reference", name, reference_bits, reference))
         for method, bits, options, effort in chosen:

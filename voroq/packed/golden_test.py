@@ -120,3 +120,34 @@ def test_a_native_layer_means_what_the_specification_says():
     assert packed.tensors["weight_codes"].numpy().tobytes() == NATIVE_CODES
     assert packed.tensors["weight_zeros"].numpy().tobytes() == NATIVE_ZEROS
     assert torch.equal(packed.tensors["weight_perm"], tensors["weight_perm"])
+
+
+PYRAMIDS_JSON = {
+    "shape": [3, 5],
+    "transform": [{"kind": "rotate_in"}],
+    "bands": [
+        {
+            "count": 1,
+            "columns": 5,
+            "tile": [4, 1],
+            "codebook": {"kind": "pyramids", "dim": 4, "bits": 7, "pulses": [2, 3], "order": "split-v1"},
+            "scale": True,
+            "zero": False,
+        }
+    ],
+}
+
+
+def test_a_layer_of_pyramids_means_what_the_specification_says_and_packs_to_the_same_bytes():
+    tensors = {
+        "weight_codes": from_bytes(bytes.fromhex("910FF68E 07000000"), "i", torch.int32, 1, 2),
+        "weight_tables": torch.tensor([[[0.5], [0.25]]], dtype=torch.float16),
+        "weight_scales": torch.tensor([[2.0]], dtype=torch.float16),
+        "weight_signs_in": from_bytes(bytes.fromhex("12000000"), "i", torch.int32, 1),
+    }
+    spec = NativeSpec.from_json(PYRAMIDS_JSON, "m", (3, 5))
+    q = unpack(Packed(spec, tensors))
+    assert q.dequantize().tolist() == [[1, 2, 0.5, -1.5, 0], [0, 0, -0.5, 0, 0], [0, 0, 0, 0, 0]]
+    again = pack(q, torch.float16, "voroq")
+    assert again.spec == spec and again.spec.to_json() == PYRAMIDS_JSON
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in tensors.items())

@@ -212,7 +212,7 @@ def test_options_are_pairs():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--method", "magic"], "vptq, gptq, rtn"),
+        (["--method", "magic"], "vptq, pvq, gptq, rtn"),
         (["--option", "colour=red"], "vector_length"),
         (["--option", "damping=red"], "damping=red"),
         (["--option", "damping=7"], "damping=7"),

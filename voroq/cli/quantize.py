@@ -28,7 +28,7 @@ Bits = Annotated[
     typer.Option(
         metavar="B",
         help="Bits per weight at most, over the linears of the blocks, everything stored counted. "
-        "Default: 2.0 for vptq, 4.25 for gptq and rtn; none if options set the rate.",
+        "Default: 2.0 for vptq, 3.25 for pvq, 4.25 for gptq and rtn; none if options set the rate.",
         show_default=False,
     ),
 ]
@@ -63,7 +63,7 @@ def parse_options(pairs: list[str]) -> dict[str, str]:
 def quantize(
     model: options.Model,
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write (with --resume: the unfinished one).", show_default=False)],
-    method: Annotated[str, typer.Option(metavar="vptq|gptq|rtn", help="How; see voroq methods.")] = "vptq",
+    method: Annotated[str, typer.Option(metavar="vptq|pvq|gptq|rtn", help="How; see voroq methods.")] = "vptq",
     bits: Bits = None,
     option: Option = None,
     calibration: CalibrationSource = None,

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from voroq.errors import VoroqError
-from voroq.methods import GPTQ, METHODS, RTN, VPTQ
+from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ
 from voroq.moments import Moments, observe
 from voroq.packed.format import pack, total_bytes
 from voroq.pipeline import plan as plans
@@ -68,6 +68,22 @@ def test_rtn_stores_what_it_predicts(out, columns, dtype, options):
     assert method.stored_bits((out, columns), 8 * dtype.itemsize) == really_stored(method, out, columns, dtype, "voroq")
 
 
+PYRAMIDS = {
+    "bits": st.sampled_from([1.5, 2.0, 3.0]),
+    "dim": st.sampled_from([8, 16]),
+    "rotation": st.sampled_from(["none", "input", "both"]),
+    "gains": st.sampled_from(["levels", "paper"]),
+}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(out=SIDES, columns=SIDES, dtype=DTYPES, options=st.fixed_dictionaries(PYRAMIDS), along=st.sampled_from(["output", "input"]))
+def test_pvq_stores_what_it_predicts(out, columns, dtype, options, along):
+    columns *= options["dim"] if along == "input" else 1
+    method = PVQ(**options, along=along, sweeps=0)
+    assert method.stored_bits((out, columns), 8 * dtype.itemsize) == really_stored(method, out, columns, dtype, "voroq")
+
+
 def llama(hidden: int, inner: int, kv: int, blocks: int) -> list[tuple[str, tuple[int, int]]]:
     shapes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
     shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
@@ -83,7 +99,7 @@ def spent(plan: Plan, sites) -> float:
     return bits / sum(math.prod(shape) for _, shape in sites)
 
 
-RATES = [("vptq", 1.6), ("vptq", 2.0), ("vptq", 3.3), ("gptq", 2.1), ("gptq", 4.25), ("rtn", 3.0)]
+RATES = [("pvq", 1.3), ("pvq", 2.0), ("pvq", 3.25), ("pvq", 5.0), ("vptq", 1.6), ("vptq", 2.0), ("vptq", 3.3), ("gptq", 2.1), ("gptq", 4.25), ("rtn", 3.0)]
 
 
 @pytest.mark.parametrize(("model", "method", "bits"), [*[("demo", *rate) for rate in RATES], ("7B", "vptq", 2.0), ("7B", "gptq", 4.25)])
@@ -219,7 +235,7 @@ def test_options_are_parsed_to_the_types_of_their_fields():
         ("rtn", {"bits": "0"}, "bits=0 is out of range; a grid has 1 to 8 bits"),
         ("vptq", {"outlier_percent": "51"}, "outlier_percent=51 is out of range; give 0 to 50"),
         ("vptq", {"residual_bits": "9", "table_bits": "8"}, "residual_bits=9 is out of range; give 0 to 8"),
-        ("aqlm", {}, "unknown method 'aqlm'; choose one of vptq, gptq, rtn"),
+        ("aqlm", {}, "unknown method 'aqlm'; choose one of vptq, pvq, gptq, rtn"),
     ],
 )
 def test_options_that_cannot_be_are_refused(method, options, message):
@@ -233,6 +249,8 @@ def test_options_that_set_the_rate_make_a_plan_and_others_a_budget():
     assert make_plan("gptq", None, {"bits": "3", "group_size": "none"}) == Plan(GPTQ(bits=3, group_size=None))
     assert make_plan("vptq", None, {"damping": "0.1"}) == Budget("vptq", 2.0, (("damping", 0.1),))
     assert make_plan("rtn", None, {}) == Budget("rtn", 4.25)
+    assert make_plan("pvq", None, {"rotation": "none"}) == Budget("pvq", 3.25, (("rotation", "none"),))
+    assert make_plan("pvq", None, {"bits": "3.25"}) == Plan(PVQ(bits=3.25))
     assert make_plan("vptq", 3.0, {"vector_length": "4"}) == Budget("vptq", 3.0, (("vector_length", 4),))
 
 
@@ -243,7 +261,7 @@ def test_rates_that_cannot_be_are_refused(bits):
 
 
 def test_a_budget_for_an_unknown_method_names_the_known_ones():
-    with pytest.raises(VoroqError, match="unknown method 'awq'; choose one of vptq, gptq, rtn"):
+    with pytest.raises(VoroqError, match="unknown method 'awq'; choose one of vptq, pvq, gptq, rtn"):
         Budget("awq", 4.0).plan(MODELS["demo"])
 
 

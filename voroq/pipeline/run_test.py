@@ -56,7 +56,9 @@ SEEDED = Plan(QUICK["rtn"], (("*.v_proj", QUICK["vptq"]),))
 BOTH_FORMATS = ("Llama", "Qwen2", "Mixtral", "Bert")
 
 
-@pytest.mark.parametrize(("name", "method"), [*[(name, "vptq") for name in CONFIGS], *[(name, "rtn") for name in BOTH_FORMATS]])
+@pytest.mark.parametrize(
+    ("name", "method"), [*[(name, "vptq") for name in CONFIGS], *[(name, how) for name in BOTH_FORMATS for how in ("rtn", "pvq")]]
+)
 def test_loading_a_result_gives_the_dense_model_its_shards_describe(name, method, tmp_path):
     source, out = tiny_source(tmp_path / "in", name), tmp_path / "out"
     report = quick_run(source, out, QUICK[method])
@@ -67,7 +69,7 @@ def test_loading_a_result_gives_the_dense_model_its_shards_describe(name, method
     before = json.loads((source / "config.json").read_text())
     quantization = config.pop("quantization_config")
     assert config == {**before, "torch_dtype": before["dtype"]}  # the official vptq loader reads the second name
-    assert quantization["quant_method"] == {"rtn": "voroq", "vptq": "vptq"}[method]
+    assert quantization["quant_method"] == {"rtn": "voroq", "pvq": "voroq", "vptq": "vptq"}[method]
     check_report(report, source, out)
     assert json.loads((out / "voroq_report.json").read_text()) == report
 
@@ -114,7 +116,7 @@ def test_experts_with_few_tokens_borrow_and_the_report_says_so(tmp_path):
     assert all(f"saw {site['tokens']} tokens for 32 input columns; borrowed" in " ".join(site["notes"]) for site in experts)
 
 
-@pytest.mark.parametrize("method", ["gptq", "vptq"])
+@pytest.mark.parametrize("method", ["gptq", "pvq", "vptq"])
 def test_saving_a_loaded_result_gives_back_its_tensors(method, tmp_path):
     source, out = tiny_source(tmp_path / "in", "Qwen2"), tmp_path / "out"
     quick_run(source, out, QUICK[method])

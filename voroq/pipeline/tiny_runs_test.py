@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from voroq.methods import GPTQ, RTN, VPTQ
+from voroq.methods import GPTQ, PVQ, RTN, VPTQ
 from voroq.pipeline.run import quantize_model
 from voroq.pipeline.tiny_models_test import CONFIGS, save_tiny
 
@@ -18,6 +18,7 @@ LETTERS = [*string.ascii_letters, *"0123456", "\u0120"]  # the last is a space i
 QUICK = {
     "rtn": RTN(bits=4, group_size=16),
     "gptq": GPTQ(bits=3, group_size=20, grid="minmax"),
+    "pvq": PVQ(bits=3.0, dim=8, sweeps=0),
     "vptq": VPTQ(vector_length=2, table_bits=4, kmeans_steps=2, rounds=0),
 }
 REPORT = "voroq_report.json"

@@ -63,6 +63,16 @@ def test_steps_lower_the_divergence_and_leave_the_codes(method, source, tmp_path
     assert not any(before[name].dim() == 2 and "embed" in name for name in changed)
 
 
+def test_scales_of_pyramids_are_tuned_and_their_numbers_move(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOVE_EVERY", 1)
+    monkeypatch.setattr(Loop, "adopt", lambda loop: None)  # what the steps did, whether it paid or not
+    quick_run(source, tmp_path / "plain", QUICK["pvq"])
+    quick_run(source, tmp_path / "tuned", QUICK["pvq"], tuning=replace(SOME, steps=4, moves=0.05, move_rate=0.9))
+    before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert {"weight_tables", "weight_scales", "weight_codes"} <= changed and "weight_signs_in" not in changed
+
+
 def test_moves_change_codes_within_their_limit(source, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOVE_EVERY", 1)
     monkeypatch.setattr(Loop, "adopt", lambda loop: None)  # what the steps did, whether it paid or not

@@ -1,0 +1,108 @@
+"""Pyramids by themselves: error on Gaussians, loss under synthetic Hessians, time of coding.
+
+    python benchmarks/pvq.py --json benchmarks/results/pvq.json
+
+`gaussian`: mean squared error of 2^21 unit Gaussians; `spec` is the best that was known before, `paper` the gain-shape form in as
+many bits. `hessian`: eigenvalues i^-a in random directions, 256 x 256 Gaussian weights; decibels of proxy loss against rounding to nearest.
+`spec` is what an earlier study measured on other draws (input: metric search; output: exact feedback; then with 3 or 2 sweeps), and means
+something only for the full size. `time`: nanoseconds per weight in torch on one thread; `spec` is the limit that was set for encoding.
+The model's rows are in `benchmarks/quality.py --method pvq`.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from common import arguments, publish
+
+from voroq.codebook.gain_shape import gain_shape
+from voroq.codebook.presets import distortion, preset, widths
+from voroq.methods.pvq import PVQ
+from voroq.moments import Moments
+from voroq.numerics.linalg import proxy_loss
+from voroq.quantized import Tile
+
+BEST_KNOWN = {32: 0.0974, 40: 0.0487, 48: 0.0242, 52: 0.0176, 56: 0.0124, 64: 0.0062}
+HESSIAN = {(0.5, 2.0): (-0.68, -0.64, -0.84, -0.83), (1.0, 2.0): (-3.31, -3.13, -3.53, -3.37), (1.0, 3.0): (-3.57, -3.45, -3.48, -3.62),
+           (1.5, 2.0): (-7.94, -8.13, -8.36, None)}  # fmt: skip
+WAYS = {"input": ("input", 0), "output": ("output", 0), "input + 3": ("input", 3), "output + 2": ("output", 2)}
+
+
+def error(book, v: torch.Tensor) -> float:
+    return float((book.decode(book.encode(v)) - v).square().mean())
+
+
+def gaussian(samples: int) -> list[dict]:
+    v = torch.randn(samples // 16, 16, generator=torch.Generator().manual_seed(5))
+    rows = []
+    for width in sorted({*BEST_KNOWN, 16, 24, 60} & set(widths(16))):
+        found = error(preset(16, width), v)
+        paper = error(gain_shape(16, width, 1 << 20), v) if width >= 24 else None
+        gap = 10 * math.log10(found * 4 ** (width / 16))
+        rows.append(
+            {
+                "part": f"gaussian, {width / 16:g} bits",
+                "voroq": found,
+                "spec": BEST_KNOWN.get(width),
+                "paper": paper,
+                "note": f"{gap:.2f} dB",
+            }
+        )
+    return rows
+
+
+def hessian(size: int) -> list[dict]:
+    rng = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(size, size, generator=rng))[0]
+    w, rows = torch.randn(size, size, generator=rng), []
+    for (power, bits), known in HESSIAN.items():
+        h = q @ torch.diag(torch.arange(1, size + 1).float() ** -power) @ q.T
+        h /= h.diagonal().mean()
+        book, tile = preset(16, round(16 * bits)), Tile(1, 16)
+        nearest = proxy_loss(w - tile.join(book.decode(book.encode(tile.cut(w))), size), h).sum()
+        for (way, (along, sweeps)), spec in zip(WAYS.items(), known, strict=True):
+            made = PVQ(bits=bits, along=along, sweeps=sweeps, rotation="none", damping=1e-5)(w, Moments(h, torch.zeros(size), 1), rng)
+            found = float(10 * (proxy_loss(w - made.dequantize(), h).sum() / nearest).log10())
+            rows.append(
+                {"part": f"hessian, a = {power:g}, {bits:g} bits, {way}", "voroq": found, "spec": spec, "paper": None, "note": "dB"}
+            )
+    return rows
+
+
+def timed(samples: int) -> list[dict]:
+    v, rows = torch.randn(samples // 16, 16, generator=torch.Generator().manual_seed(6)), []
+    for width in (32, 48, 64):
+        book = preset(16, width)
+        spelled = book.spelled.encode(v)
+        codes = book.number(spelled)
+        works = {
+            "encode": lambda b=book: b.spelled.encode(v),
+            "number": lambda b=book, s=spelled: b.number(s),
+            "decode": lambda b=book, c=codes: b.decode(c),
+        }
+        for name, work in works.items():
+            found, note = best_of(3, work) / v.numel() * 1e9, f"ns/weight, {len(book.pulses)} levels"
+            limit = 150.0 if name == "encode" else None
+            rows.append({"part": f"time, {width / 16:g} bits, {name}", "voroq": found, "spec": limit, "paper": None, "note": note})
+    return rows
+
+
+def best_of(times: int, work: Callable[[], object]) -> float:
+    found = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    torch.set_num_threads(1)
+    rows = [*gaussian(1 << (16 if args.quick else 21)), *hessian(64 if args.quick else 256), *timed(1 << (16 if args.quick else 20))]
+    publish("pyramids", rows, args, presets={f"{dim}x{width}": distortion(dim, width) for dim in (8, 16) for width in widths(dim)})
+
+
+if __name__ == "__main__":
+    main()

@@ -17,9 +17,10 @@ from voroq.errors import FormatError, VoroqError
 from voroq.packed.checkpoint import quantization_config
 from voroq.packed.files import Entry, write_json, write_safetensors
 from voroq.packed.format import pack
+from voroq.packed.native_format import NativeSpec
 from voroq.quantized import Band, Quantized, Tile
 from voroq.report.card import model_card, original_metadata, write_card
-from voroq.report.inspect import inspect_folder, inspection_view, read_report
+from voroq.report.inspect import inspect_folder, inspection_view, read_report, settings
 from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
 
@@ -165,3 +166,10 @@ def test_the_original_is_named_only_by_its_hub_id(tmp_path):
     assert original_metadata(str(tmp_path)) == {}
     (tmp_path / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     assert original_metadata(str(tmp_path)) == {}
+
+
+def test_pyramids_are_named_with_the_bits_of_a_vector():
+    form = {"kind": "pyramids", "dim": 16, "bits": 52, "pulses": [28, 31], "order": "split-v1"}
+    band = {"count": 1, "columns": 4, "tile": [16, 1], "codebook": form, "scale": True, "zero": False}
+    spec = NativeSpec.from_json({"shape": [32, 4], "transform": [{"kind": "rotate_in"}], "bands": [band]}, "m")
+    assert settings(spec) == "16x1 pyramids 52 bits, rotate_in"

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from voroq.codebook.pyramid import STREAM, move_pulses
+from voroq.codebook.pyramid import move_pulses, stream_widths
+from voroq.numerics.bits import merge_streams, split_streams
 from voroq.numerics.gains import best_gains
 from voroq.numerics.pyramid import count, index_of, nearest_direction, vector_of
 from voroq.shapes import Codes, Vectors
@@ -34,9 +35,12 @@ class GainShape:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        bits = (count(self.dim, self.pulses) - 1).bit_length()
-        gain = self.gains.shape[0].bit_length() - 1
-        return (bits, gain) if bits <= STREAM else (STREAM, bits - STREAM, gain)
+        return (*self._direction, self.gains.shape[0].bit_length() - 1)
+
+    @property
+    def _direction(self) -> tuple[int, ...]:
+        """Bits of the streams of the direction's number."""
+        return stream_widths((count(self.dim, self.pulses) - 1).bit_length())
 
     def encode(self, v: Vectors, metric: Float[Tensor, "dim dim"] | None = None) -> Codes:
         """The direction with the smallest angle, then the gain nearest to the length of `v` along it; in a `metric`, single pulses of that
@@ -48,15 +52,10 @@ class GainShape:
             image = y @ metric
             length = (v * image).sum(1) / (y * image).sum(1)
         gain = (length * y.norm(dim=1))[:, None].sub(self.gains.to(v)).abs().argmin(1)
-        index = index_of(y.long())
-        parts = [index] if len(self.widths) == 2 else [index & (2**STREAM - 1), index >> STREAM]
-        return torch.stack([*parts, gain], dim=1)
+        return torch.cat([split_streams(index_of(y.long()), self._direction), gain[:, None]], dim=1)
 
     def decode(self, codes: Codes) -> Vectors:
-        index = codes[:, 0].long()
-        if len(self.widths) == 3:
-            index = index | codes[:, 1].long() << STREAM
-        index = index.clamp_max(count(self.dim, self.pulses) - 1)
+        index = merge_streams(codes[:, :-1], self._direction).clamp_max(count(self.dim, self.pulses) - 1)
         y = vector_of(index, torch.full_like(index, self.pulses), self.dim).to(self.gains.dtype)
         return (self.gains[codes[:, -1].long()] / y.norm(dim=1))[:, None] * y
 

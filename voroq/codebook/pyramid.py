@@ -14,11 +14,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from voroq.numerics.bits import merge_streams, split_streams
 from voroq.numerics.pyramid import count, index_of, project, vector_of
 from voroq.shapes import Codes, Vectors
 
 STREAM = 32
 """Bits of a stream; longer numbers are split, low bits first."""
+
+
+def stream_widths(bits: int) -> tuple[int, ...]:
+    """Bits of the streams of a number of `bits` bits."""
+    return (bits,) if bits <= STREAM else (STREAM, bits - STREAM)
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,21 @@ class Pulses:
         return (len(self.pulses).bit_length(), *[(2 * max(self.pulses)).bit_length()] * self.dim)
 
     def encode(self, v: Vectors, metric: Float[Tensor, "dim dim"] | None = None) -> Codes:
-        """The nearest word; in a `metric`, the best that moving single pulses finds from the two nearest levels."""
+        """The nearest word; in a `metric`, the best that moving single pulses finds from its level and the three that seem nearest."""
         level, y = self._nearest(v) if metric is None else self._descend(v, metric)
-        return torch.cat([level[:, None], y.long() + max(self.pulses)], dim=1).to(torch.int16)
+        return self.join(level, y.long())
 
     def decode(self, codes: Codes) -> Vectors:
-        scales = torch.cat([self.scales, self.scales.new_zeros(1)])
-        return scales[codes[:, 0].long()][:, None] * (codes[:, 1:] - max(self.pulses)).to(self.scales.dtype)
+        level, y = self.split(codes)
+        return torch.cat([self.scales, self.scales.new_zeros(1)])[level][:, None] * y.to(self.scales)
+
+    def join(self, level: Int[Tensor, "n"], y: Int[Tensor, "n dim"]) -> Codes:
+        """The code of y on a level; level len(pulses) is the zero vector."""
+        return torch.cat([level[:, None], y + max(self.pulses)], dim=1).to(torch.int16)
+
+    def split(self, codes: Codes) -> tuple[Int[Tensor, "n"], Int[Tensor, "n dim"]]:
+        """Inverse of `join`."""
+        return codes[:, 0].long(), codes[:, 1:].long() - max(self.pulses)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"scales": self.scales}
@@ -57,7 +71,8 @@ class Pulses:
 
     def fitted(self, v: Vectors, codes: Codes) -> Float[Tensor, "levels"]:
         """The scales that bring the words of `codes` nearest to `v`; a level nothing uses keeps its own."""
-        y, level, levels = (codes[:, 1:] - max(self.pulses)).to(v), codes[:, 0].long(), len(self.pulses)
+        (level, y), levels = self.split(codes), len(self.pulses)
+        y = y.to(v)
         sums = [v.new_zeros(levels + 1).double().index_add_(0, level, t.double())[:levels] for t in ((v * y).sum(1), y.square().sum(1))]
         return torch.where(sums[1] > 0, (sums[0] / sums[1].clamp_min(1)).to(self.scales), self.scales)
 
@@ -158,7 +173,7 @@ class Pyramids:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return (self.bits,) if self.bits <= STREAM else (STREAM, self.bits - STREAM)
+        return stream_widths(self.bits)
 
     @cached_property
     def spelled(self) -> Pulses:
@@ -173,24 +188,17 @@ class Pyramids:
 
     def number(self, spelled: Int[Tensor, "n t"]) -> Codes:
         """Codes of `Pulses` as numbers, cut into streams."""
-        level = spelled[:, 0].long()
-        index = index_of(spelled[:, 1:].long() - max(self.pulses))  # 0 for the zero vector
-        index = index + self._starts(level.device)[level]
-        if self.bits <= STREAM:
-            return index[:, None]
-        return torch.stack((index & (2**STREAM - 1), index >> STREAM & (1 << self.bits - STREAM) - 1), dim=1)
+        level, y = self.spelled.split(spelled)
+        return split_streams(index_of(y) + self._starts(level.device)[level], self.widths)  # the zero vector's index is 0
 
     def spell(self, codes: Codes) -> Int[Tensor, "n t"]:
         """Inverse of `number`."""
-        index = codes[:, 0].long()
-        if self.bits > STREAM:
-            index = index | codes[:, 1].long() << STREAM
+        index = merge_streams(codes, self.widths)
         starts = self._starts(index.device)
         # numbers are unsigned: turning the highest bit makes signed comparison order them
         level = torch.searchsorted(starts ^ -(1 << 63), index ^ -(1 << 63), right=True) - 1
         pulses = torch.tensor([*self.pulses, 0], device=index.device)[level]
-        y = vector_of(torch.where(pulses > 0, index - starts[level], 0), pulses, self.dim)
-        return torch.cat([level[:, None], y + max(self.pulses)], dim=1).to(torch.int16)
+        return self.spelled.join(level, vector_of(torch.where(pulses > 0, index - starts[level], 0), pulses, self.dim))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"scales": self.scales}

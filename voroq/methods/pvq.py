@@ -21,6 +21,7 @@ from voroq.errors import VoroqError
 from voroq.methods.gptq import activation_order, check_damping
 from voroq.methods.vptq import absorb
 from voroq.moments import Moments
+from voroq.numerics.bits import words_for
 from voroq.numerics.linalg import damped
 from voroq.quantized import Band, Quantized, Tile
 from voroq.rounding.descent import descend
@@ -77,12 +78,14 @@ class PVQ:
     def __call__(self, w: Matrix, moments: Moments, rng: torch.Generator) -> Quantized:
         h, notes = damped(moments.hessian(), self.damping)
         steps = [] if self.rotation == "none" else [Hadamard.random((w.shape[0], w.shape[1]), rng, both=self.rotation == "both")]
-        h_rotated = Chain(tuple(steps)).hessian(h)
+        h = Chain(tuple(steps)).hessian(h)
         if self.along == "output":
-            steps.append(Permute(activation_order(h_rotated)))  # absorbed again: any order of columns costs nothing
+            order = Permute(activation_order(h))  # absorbed again: any order of columns costs nothing
+            steps, h = [*steps, order], order.hessian(h)
         transform = Chain(tuple(steps))
-        w_stored, h_stored = transform.weight(w), transform.hessian(h)
-        done = self._sweeps(w_stored, h_stored) if self.gains == "paper" else _numbered(self._sweeps(w_stored, h_stored), self.width)
+        done = self._sweeps(transform.weight(w), h)
+        if self.gains == "levels":
+            done = _numbered(done, self.width)
         out = Quantized((w.shape[0], w.shape[1]), transform, done.bands, done.codes, notes)
         return absorb(out) if self.along == "output" else out
 
@@ -95,12 +98,12 @@ class PVQ:
     def _fit(self, w: Matrix) -> Band:
         tile = self.tile
         down, along = tile.grid(*w.shape)
-        power = tile.cut(w).reshape(down, -1).square().mean(1)
+        vectors: Vectors = tile.cut(w)
+        power = vectors.reshape(down, -1).square().mean(1)
         scale = power.sqrt().clamp_min(2.0**-24)  # the least that float16 holds, for rows of zeros
         if self.gains == "paper":
             return Band(0, w.shape[1], tile, gain_shape(self.dim, self.width, w.shape[1]), scale)
-        vectors: Vectors = tile.cut(w) / scale.repeat_interleave(along)[:, None]
-        vectors = vectors[:: max(1, vectors.shape[0] // SAMPLE)]
+        vectors = (vectors / scale.repeat_interleave(along)[:, None])[:: max(1, vectors.shape[0] // SAMPLE)]
         book = preset(self.dim, self.width).spelled
         for _ in range(FITS):
             book = book.with_tensors({"scales": book.fitted(vectors, book.encode(vectors))})
@@ -122,7 +125,8 @@ class PVQ:
             width, levels = sum(book.widths), book.gains.shape[0]
         else:
             width, levels = self.width, len(preset(self.dim, self.width).pulses)
-        return down * -(-along * width // 32) * 32 + (down + levels) * float_bits + sum(-(-n // 32) * 32 for n in signs)
+        words = down * words_for(along, width) + sum(words_for(n, 1) for n in signs)
+        return 32 * words + (down + levels) * float_bits
 
 
 def _refitted(w: Matrix, h: Square, done: Rounded) -> Rounded:

@@ -9,6 +9,7 @@ import torch
 from voroq.codebook.grid import Grid
 from voroq.errors import VoroqError
 from voroq.moments import Moments
+from voroq.numerics.bits import words_for
 from voroq.quantized import Band, Quantized, Slab, Tile
 from voroq.rounding.nearest import round_to_nearest
 from voroq.shapes import Matrix
@@ -46,9 +47,9 @@ def grid_bits(shape: tuple[int, int], bits: int, group_size: int | None, float_b
     out, columns = shape
     width = min(group_size or columns, columns)
     full, last = divmod(columns, width)
-    words = -(-full * width * bits // 32) + -(-last * bits // 32)
+    words = words_for(full * width, bits) + words_for(last, bits)
     groups = full + (last > 0)
-    zeros = -(-out * bits // 32) * 32
+    zeros = 32 * words_for(out, bits)
     return out * words * 32 + groups * (out * float_bits + zeros)
 
 

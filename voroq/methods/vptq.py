@@ -24,6 +24,7 @@ from voroq.codebook.table import Table
 from voroq.errors import VoroqError
 from voroq.methods.gptq import activation_order, check_damping
 from voroq.moments import Moments
+from voroq.numerics.bits import words_for
 from voroq.numerics.kmeans import kmeans
 from voroq.numerics.linalg import damped, inverse_factor
 from voroq.packed.vptq_format import LEAST_ROW
@@ -114,7 +115,7 @@ class VPTQ:
         """Bits the official format stores for a matrix of `shape` (out, in): codes, tables, scale and shift, permutation."""
         out, width = shape
         outliers, edges = self.columns(width)
-        rows, words = -(-out // self.vector_length), -(-(edges[1] - edges[0]) * (self.table_bits + self.residual_bits) // 32)
+        rows, words = -(-out // self.vector_length), words_for(edges[1] - edges[0], self.table_bits + self.residual_bits)
         bits = self.groups * rows * words * 32
         bits += self.groups * self.vector_length * (2**self.table_bits + (2**self.residual_bits if self.residual_bits else 0)) * float_bits
         if outliers:

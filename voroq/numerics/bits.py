@@ -80,9 +80,30 @@ def unpack_bits(words: Int[Tensor, "r w"], width: int, count: int) -> Int[Tensor
         pairs = unsigned[:, :-1] | (unsigned[:, 1:] << 32)  # [r w], each word with its successor
         codes = pairs[:, first] >> shift
         if width > 32:  # what the shift brought down from above is cut off, then the high half comes from the next pair
-            codes = (codes & _WORD) | ((pairs[:, (first + 1).clamp_max(words.shape[1] - 1)] >> shift) & _WORD) << 32
+            codes = (codes & _WORD) | ((pairs[:, first + 1] >> shift) & _WORD) << 32
         values[part] = (codes & mask).to(values.dtype)
     return values
+
+
+def merge_streams(codes: Int[Tensor, "*n s"], widths: tuple[int, ...]) -> Int[Tensor, "*n"]:
+    """One integer per vector: main | residual << bits of main | ..."""
+    merged = codes[..., 0].long()
+    shift = widths[0]
+    for s, width in enumerate(widths[1:], start=1):
+        merged = merged | codes[..., s].long() << shift
+        shift += width
+    return merged
+
+
+def split_streams(merged: Int[Tensor, "*n"], widths: tuple[int, ...]) -> Int[Tensor, "*n s"]:
+    """Inverse of `merge_streams`."""
+    if len(widths) == 1:
+        return merged[..., None]
+    parts = []
+    for width in widths:
+        parts.append(merged & ((1 << width) - 1))
+        merged = merged >> width
+    return torch.stack(parts, dim=-1)
 
 
 def _places(count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -82,27 +82,6 @@ class Packed:
     tensors: Mapping[str, Tensor] = field(repr=False)
 
 
-def merge_streams(codes: Int[Tensor, "rows cols s"], widths: tuple[int, ...]) -> Int[Tensor, "rows cols"]:
-    """One integer per vector: main | residual << bits of main | ..."""
-    merged = codes[..., 0].long()
-    shift = widths[0]
-    for s, width in enumerate(widths[1:], start=1):
-        merged = merged | codes[..., s].long() << shift
-        shift += width
-    return merged
-
-
-def split_streams(merged: Int[Tensor, "rows cols"], widths: tuple[int, ...]) -> Int[Tensor, "rows cols s"]:
-    """Inverse of `merge_streams`."""
-    if len(widths) == 1:
-        return merged[..., None]
-    parts = []
-    for width in widths:
-        parts.append(merged & ((1 << width) - 1))
-        merged = merged >> width
-    return torch.stack(parts, dim=-1)
-
-
 def as_int16(values: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """0..65535 as the two's complement int16 with the same bits."""
     return torch.where(values >= 1 << 15, values - (1 << 16), values).to(torch.int16)

@@ -9,7 +9,7 @@ gains.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,8 +23,6 @@ from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.errors import FormatError
 from voroq.packed.base import MAX_TABLE, MAX_VECTOR, Fields
-
-F = TypeVar("F", "PyramidsForm", "GainShapeForm")
 
 ORDER = "split-v1"
 """How the points of a pyramid are numbered (`numerics/pyramid.py`)."""
@@ -159,8 +157,33 @@ class ResidualForm:
 
 
 @dataclass(frozen=True)
-class PyramidsForm:
+class PyramidForm:
+    """What the two forms on pyramids share: no words but a table of one column, and numbers that must exist."""
+
     dim: int
+
+    rows: ClassVar[int]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.codebook(torch.ones(self.rows, 1)).widths
+
+    def columns(self, size: int) -> int:
+        if size != self.dim:
+            raise ValueError(f"of {self.dim} weights, the dimension of the pyramids")
+        return 1
+
+    def checked(self, fields: Fields) -> "PyramidForm":
+        """This form, if its points can be numbered."""
+        try:
+            self.codebook(torch.ones(self.rows, 1))
+        except ValueError as error:
+            raise fields.fail("pulses", f"such that every point has a number ({error})") from None
+        return self
+
+
+@dataclass(frozen=True)
+class PyramidsForm(PyramidForm):
     bits: int
     pulses: tuple[int, ...]
 
@@ -170,13 +193,6 @@ class PyramidsForm:
     def rows(self) -> int:
         return len(self.pulses)
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return self.codebook(torch.ones(self.rows, 1)).widths
-
-    def columns(self, size: int) -> int:
-        return _of_pyramid(size, self.dim)
-
     @staticmethod
     def of(codebook: Pyramids) -> "PyramidsForm":
         return PyramidsForm(codebook.dim, codebook.bits, codebook.pulses)
@@ -185,7 +201,7 @@ class PyramidsForm:
     def from_json(fields: Fields) -> "PyramidsForm":
         fields.only("kind", "dim", "bits", "pulses", "order").choice("order", (ORDER,))
         pulses = fields.integers("pulses", None, 1, MAX_PULSES, most=MAX_LEVELS)
-        return _checked(PyramidsForm(fields.integer("dim", 1, MAX_VECTOR), fields.integer("bits", 1, 64), pulses), fields)
+        return PyramidsForm(fields.integer("dim", 1, MAX_VECTOR), fields.integer("bits", 1, 64), pulses).checked(fields)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "dim": self.dim, "bits": self.bits, "pulses": list(self.pulses), "order": ORDER}
@@ -198,8 +214,7 @@ class PyramidsForm:
 
 
 @dataclass(frozen=True)
-class GainShapeForm:
-    dim: int
+class GainShapeForm(PyramidForm):
     pulses: int
     gains: int
 
@@ -208,13 +223,6 @@ class GainShapeForm:
     @property
     def rows(self) -> int:
         return self.gains
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return self.codebook(torch.ones(self.rows, 1)).widths
-
-    def columns(self, size: int) -> int:
-        return _of_pyramid(size, self.dim)
 
     @staticmethod
     def of(codebook: GainShape) -> "GainShapeForm":
@@ -226,7 +234,7 @@ class GainShapeForm:
         form = GainShapeForm(
             fields.integer("dim", 1, MAX_VECTOR), fields.integer("pulses", 1, MAX_PULSES), fields.integer("gains", 2, 1 << 16)
         )
-        return _checked(form, fields)
+        return form.checked(fields)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "dim": self.dim, "pulses": self.pulses, "gains": self.gains, "order": ORDER}
@@ -236,21 +244,6 @@ class GainShapeForm:
 
     def codebook(self, table: Float[Tensor, "levels 1"]) -> GainShape:
         return GainShape(self.dim, self.pulses, table[:, 0])
-
-
-def _of_pyramid(size: int, dim: int) -> int:
-    if size != dim:
-        raise ValueError(f"of {dim} weights, the dimension of the pyramids")
-    return 1
-
-
-def _checked(form: F, fields: Fields) -> F:
-    """`form`, if its points can be numbered."""
-    try:
-        form.codebook(torch.ones(form.rows, 1))
-    except ValueError as error:
-        raise fields.fail("pulses", f"such that every point has a number ({error})") from None
-    return form
 
 
 CODEBOOKS = {"grid": GridForm, "table": TableForm, "residual": ResidualForm, "pyramids": PyramidsForm, "gain_shape": GainShapeForm}

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from voroq.numerics.bits import pack_bits, unpack_bits
-from voroq.packed.base import Packed, Role, Stored, as_int16, from_int16, merge_streams, split_streams
+from voroq.numerics.bits import merge_streams, pack_bits, split_streams, unpack_bits
+from voroq.packed.base import Packed, Role, Stored, as_int16, from_int16
 from voroq.packed.vptq_format import VptqSpec
 from voroq.quantized import Quantized
 

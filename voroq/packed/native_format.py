@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from voroq.errors import FormatError
-from voroq.numerics.bits import code_dtype, pack_bits, unpack_bits, words_for
+from voroq.numerics.bits import code_dtype, merge_streams, pack_bits, split_streams, unpack_bits, words_for
 from voroq.packed import base
 from voroq.packed.base import MAX_SIDE, MAX_VECTOR, Fields, Role, Stored, as_int16, from_int16
 from voroq.packed.codebooks import Form, GridForm, form_from_json, form_of
@@ -151,7 +151,7 @@ class NativeSpec:
         tensors: dict[str, Tensor] = {}
         for i, (run, at) in enumerate(self._runs_with_start()):
             bands, codes, suffix = q.bands[at : at + run.count], q.codes[at : at + run.count], _suffix(i)
-            merged = [base.merge_streams(c, run.form.widths).to(code_dtype(run.width)) for c in codes]
+            merged = [merge_streams(c, run.form.widths).to(code_dtype(run.width)) for c in codes]
             tensors[f"weight_codes{suffix}"] = pack_bits(torch.cat(merged, dim=1), run.width)
             if run.form.rows:
                 tensors[f"weight_tables{suffix}"] = torch.stack([run.form.table(band.codebook) for band in bands]).to(dtype)
@@ -162,7 +162,7 @@ class NativeSpec:
         for kind, step in zip(self.steps, q.transform.steps, strict=True):
             for field, name in _STEP_TENSORS[kind].items():
                 value = step.tensors()[field]
-                tensors[name] = _narrow_perm(value) if kind == "permute" else _packed_signs(value) if kind in _SIGNED else value.to(dtype)
+                tensors[name] = _packed_step(kind, value, dtype)
         return tensors
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quantized:
@@ -198,9 +198,13 @@ def _kind(step: Transform) -> str:
     return found
 
 
-def _packed_signs(signs: Int[Tensor, "n"]) -> Int[Tensor, "w"]:
-    """One bit a sign, 1 for -1."""
-    return pack_bits((signs < 0).long()[None], 1)[0]
+def _packed_step(kind: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A step's tensor as it is stored; signs take one bit each, 1 for -1."""
+    if kind == "permute":
+        return _narrow_perm(value)
+    if kind in _SIGNED:
+        return pack_bits((value < 0).long()[None], 1)[0]
+    return value.to(dtype)
 
 
 def _signs(words: Int[Tensor, "w"], count: int) -> Int[Tensor, "n"]:
@@ -227,7 +231,7 @@ def _check_zeros(band: Band) -> None:
 def _unpack_run(run: Run, tensors: Mapping[str, Tensor], suffix: str, start: int, out: int) -> list[tuple[Band, Tensor]]:
     along = run.columns // run.tile.cols
     merged = unpack_bits(tensors[f"weight_codes{suffix}"], run.width, run.count * along)
-    codes = base.split_streams(merged, run.form.widths).split(along, dim=1)
+    codes = split_streams(merged, run.form.widths).split(along, dim=1)
     none = [None] * run.count
     tables: list[Float[Tensor, "k _"]] = [torch.empty(0, 1)] * run.count
     if run.form.rows:

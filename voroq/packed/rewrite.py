@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from voroq.numerics.bits import pack_bits, unpack_bits
-from voroq.packed.base import Packed, Spec, from_int16, merge_streams, split_streams
+from voroq.numerics.bits import merge_streams, pack_bits, split_streams, unpack_bits
+from voroq.packed.base import Packed, Spec, from_int16
 from voroq.packed.legacy import OldSpec, modern
 from voroq.packed.vptq_format import VptqSpec
 

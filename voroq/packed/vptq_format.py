@@ -19,7 +19,7 @@ from torch import Tensor
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.errors import FormatError
-from voroq.numerics.bits import pack_bits, unpack_bits, words_for
+from voroq.numerics.bits import merge_streams, pack_bits, split_streams, unpack_bits, words_for
 from voroq.packed import base
 from voroq.packed.base import MAX_SIDE, MAX_TABLE, MAX_VECTOR, Fields, Role, Stored, as_int16, from_int16
 from voroq.packed.codebooks import ResidualForm, TableForm, form_of
@@ -182,7 +182,7 @@ class VptqSpec:
         tables = [band.codebook.stages if self.residual else (band.codebook,) for band in bands]
         for stage, name in enumerate(["centroids.weight", "res_centroids.weight"][: len(self.widths)]):
             tensors[name] = torch.stack([table[stage].centroids.reshape(-1) for table in tables]).to(dtype)
-        tensors["indices"] = torch.stack([pack_bits(base.merge_streams(c, self.widths), sum(self.widths)) for c in codes])
+        tensors["indices"] = torch.stack([pack_bits(merge_streams(c, self.widths), sum(self.widths)) for c in codes])
         for step in q.transform.steps:
             if isinstance(step, Permute):
                 tensors["perm"] = as_int16(step.perm)
@@ -205,7 +205,7 @@ class VptqSpec:
                 codebook = Residual((codebook, Table(tensors["res_centroids.weight"][t].float().reshape(self.residual, self.vector))))
             start = self._outlier_size + t * self.group_size
             bands.append(Band(start, start + self.group_size, Tile(self.vector, 1), codebook))
-            codes.append(base.split_streams(unpack_bits(tensors["indices"][t], sum(self.widths), self.group_size), self.widths))
+            codes.append(split_streams(unpack_bits(tensors["indices"][t], sum(self.widths), self.group_size), self.widths))
         steps: list[ColumnAffine | RowAffine | Permute] = []
         if self.norm:
             affine = RowAffine if self.norm_dim else ColumnAffine

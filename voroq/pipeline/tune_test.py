@@ -63,22 +63,23 @@ def test_steps_lower_the_divergence_and_leave_the_codes(method, source, tmp_path
     assert not any(before[name].dim() == 2 and "embed" in name for name in changed)
 
 
-def test_scales_of_pyramids_are_tuned_and_their_numbers_move(source, tmp_path, monkeypatch):
+def moved_tensors(method, steps, moves, source, folder, monkeypatch):
+    """All tensors before and after, a move at every step, whether it paid or not."""
     monkeypatch.setattr(module, "MOVE_EVERY", 1)
-    monkeypatch.setattr(Loop, "adopt", lambda loop: None)  # what the steps did, whether it paid or not
-    quick_run(source, tmp_path / "plain", QUICK["pvq"])
-    quick_run(source, tmp_path / "tuned", QUICK["pvq"], tuning=replace(SOME, steps=4, moves=0.05, move_rate=0.9))
-    before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
+    monkeypatch.setattr(Loop, "adopt", lambda loop: None)
+    quick_run(source, folder / "plain", QUICK[method])
+    quick_run(source, folder / "tuned", QUICK[method], tuning=replace(SOME, steps=steps, moves=moves, move_rate=0.9))
+    return stored(folder / "plain"), stored(folder / "tuned")
+
+
+def test_scales_of_pyramids_are_tuned_and_their_numbers_move(source, tmp_path, monkeypatch):
+    before, after = moved_tensors("pvq", 4, 0.05, source, tmp_path, monkeypatch)
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert {"weight_tables", "weight_scales", "weight_codes"} <= changed and "weight_signs_in" not in changed
 
 
 def test_moves_change_codes_within_their_limit(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOVE_EVERY", 1)
-    monkeypatch.setattr(Loop, "adopt", lambda loop: None)  # what the steps did, whether it paid or not
-    quick_run(source, tmp_path / "plain", QUICK["vptq"])
-    quick_run(source, tmp_path / "tuned", QUICK["vptq"], tuning=replace(SOME, steps=8, moves=0.01, move_rate=0.9))
-    before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
+    before, after = moved_tensors("vptq", 8, 0.01, source, tmp_path, monkeypatch)
     codes = [name for name in before if name.endswith("indices")]
     moved = sum(int((before[name] != after[name]).sum()) for name in codes)
     vectors = sum(8 * before[name].numel() for name in codes)  # 4 bits each in words of 32

@@ -13,7 +13,7 @@ from rich.text import Text
 from voroq.errors import VoroqError
 from voroq.packed.base import Spec
 from voroq.packed.checkpoint import Folder, open_folder
-from voroq.packed.codebooks import GainShapeForm, GridForm, PyramidsForm
+from voroq.packed.codebooks import GridForm, PyramidForm
 from voroq.packed.legacy import OldSpec
 from voroq.packed.native_format import NativeSpec, Run
 from voroq.packed.vptq_format import VptqSpec
@@ -141,7 +141,7 @@ def settings(spec: Spec) -> str:
 def _run(run: Run) -> str:
     if isinstance(run.form, GridForm):
         return f"{run.form.bits} bit" + (f" g{run.columns}" if run.count > 1 else f" x{run.columns}")
-    if isinstance(run.form, PyramidsForm | GainShapeForm):
+    if isinstance(run.form, PyramidForm):
         return f"{run.tile.rows}x{run.tile.cols} {run.form.kind} {run.width} bits"
     words = "+".join(str(1 << width) for width in run.form.widths)
     return f"{run.tile.rows}x{run.tile.cols} k{words}" + (f" {run.count} groups" if run.count > 1 else "")

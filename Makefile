@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.py csrc/cpu/*)
 
 .PHONY: demo test test-oldest conformance lint clean
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -10,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/voroq demo --out demo-output
 
 test: $(VENV)/installed
-	$(BIN)/ruff check voroq tests benchmarks examples
+	$(BIN)/ruff check voroq tests benchmarks examples csrc
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The other end of the supported transformers window.
@@ -22,15 +23,15 @@ conformance: $(VENV)/installed .venv-conformance/installed
 	VOROQ_RESULTS=conformance/results.txt $(BIN)/python -m pytest -c conformance/pytest.ini --rootdir conformance conformance
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check voroq tests benchmarks examples
+	$(BIN)/ruff check voroq tests benchmarks examples csrc
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-.venv-oldest/installed: pyproject.toml constraints.txt
+.venv-oldest/installed: pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
 	.venv-oldest/bin/python -m pip install --quiet -c constraints.txt 'transformers==5.18.0' -e '.[dev]'

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from voroq.kernels import matmul
+from voroq.kernels import linear, register
 from voroq.packed.base import Packed, Spec
 from voroq.packed.format import bits_per_weight, unpack
 
@@ -32,8 +32,8 @@ class QuantLinear(nn.Module):
 
     def __init__(self, spec: Spec, *, bias: bool, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.spec = spec
         self.out_features, self.in_features = spec.shape
+        self._describe(spec)
         for stored in spec.layout():
             empty = torch.empty(stored.shape, dtype=dtype if stored.real else stored.dtypes[0], device=device)
             self._put(stored.name, empty)
@@ -61,14 +61,14 @@ class QuantLinear(nn.Module):
             owner = self.get_submodule(head) if head else self
             if owner._parameters.get(leaf) is not tensor:
                 owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-        self.spec = packed.spec
+        self._describe(packed.spec)
 
     def packed(self) -> Packed:
         """The layer's tensors with their spec, not copied."""
-        return Packed(self.spec, {stored.name: self._get(stored.name) for stored in self.spec.layout()})
+        return Packed(self.spec, {name: self._get(name) for name in self._names})
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        y = matmul(x, self.packed())
+        y = linear(x, [self._get(name) for name in self._names], self._key)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -85,6 +85,10 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         sides = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sides}, layout={self.spec.method}, bits_per_weight={bits_per_weight(self.packed()):.3f}"
+
+    def _describe(self, spec: Spec) -> None:
+        self.spec, self._key = spec, register(spec)
+        self._names = tuple(stored.name for stored in spec.layout())
 
     def _put(self, name: str, tensor: Tensor) -> None:
         parameter = nn.Parameter(tensor, requires_grad=False)

@@ -1,16 +1,99 @@
-"""Products with packed weights. `matmul` takes the first entry of KERNELS that supports the spec and the input."""
+"""Products with packed weights. `linear` takes the first entry of KERNELS that supports the spec and the input.
 
+Where gradients or graphs are recorded it is the operator `voroq::linear`, which torch.compile sees as one step; its gradient is that of
+`x`. Else the kernel is called directly. The environment variable VOROQ_KERNEL forces one by name.
+"""
+
+import json
+import os
+from types import ModuleType
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from voroq.kernels import reference
-from voroq.packed.base import Packed
+from voroq.errors import VoroqError
+from voroq.kernels import cpu, reference
+from voroq.packed.base import Packed, Spec
 
-KERNELS = {"reference": reference}
+KERNELS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 """Fastest first; `reference` is last and supports everything."""
+VARIABLE = "VOROQ_KERNEL"
+
+_SPECS: dict[str, Spec] = {}
+
+
+def register(spec: Spec) -> str:
+    """A key for `spec`, under which `linear` finds it: operators take strings, not objects."""
+    key = f"{type(spec).__name__} {json.dumps(spec.to_json())}"
+    _SPECS.setdefault(key, spec)
+    return key
 
 
 def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*batch out"]:
     """`x @ w.T` for the linear w [out in] stored as `packed`, in the type of `x`."""
-    kernel = next(kernel for kernel in KERNELS.values() if kernel.supports(packed.spec, x))
-    return kernel.matmul(x, packed)
+    return linear(x, [packed.tensors[stored.name] for stored in packed.spec.layout()], register(packed.spec))
+
+
+def linear(x: Float[Tensor, "*batch in"], tensors: list[Tensor], key: str) -> Float[Tensor, "*batch out"]:
+    """`matmul` for a spec that was registered; `tensors` are in the order of its layout."""
+    if torch.compiler.is_compiling() or x.requires_grad or type(x) is not Tensor:
+        return torch.ops.voroq.linear(x, tensors, key)
+    return _forward(x, tensors, key)
+
+
+def pick(spec: Spec, x: Float[Tensor, "*batch in"]) -> str:
+    """The name of the kernel that multiplies `x` with a linear of `spec`. Raises VoroqError when VOROQ_KERNEL names none that can."""
+    forced = os.environ.get(VARIABLE)
+    if not forced:
+        return next(name for name, kernel in KERNELS.items() if kernel.supports(spec, x))
+    if forced not in KERNELS:
+        raise VoroqError(f"{VARIABLE}={forced!r} is unknown; choose one of {', '.join(KERNELS)}, or unset it")
+    if not KERNELS[forced].supports(spec, x):
+        what = f"{spec.shape[0]} x {spec.shape[1]} weights with inputs of {x.dtype} on {x.device}"
+        raise VoroqError(f"{VARIABLE}={forced} cannot multiply a {spec.method} layout of {what}; unset it (see voroq doctor)")
+    return forced
+
+
+def _forward(x: Tensor, tensors: list[Tensor], key: str) -> Tensor:
+    packed = _packed(tensors, key)
+    return KERNELS[pick(packed.spec, x)].matmul(x, packed)
+
+
+def _packed(tensors: list[Tensor], key: str) -> Packed:
+    spec = _SPECS[key]
+    return Packed(spec, {stored.name: tensor for stored, tensor in zip(spec.layout(), tensors, strict=True)})
+
+
+@torch.library.custom_op("voroq::linear", mutates_args=())
+def _linear(x: Tensor, tensors: list[Tensor], key: str) -> Tensor:
+    return _forward(x.detach(), tensors, key)
+
+
+@_linear.register_fake
+def _(x: Tensor, tensors: list[Tensor], key: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _SPECS[key].shape[0]))
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    _, tensors, ctx.key = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx: torch.autograd.function.FunctionCtx, above: Tensor) -> tuple[Tensor, list[None], None]:
+    tensors = list(ctx.saved_tensors)
+    return torch.ops.voroq.transposed(above, tensors, ctx.key), [None] * len(tensors), None
+
+
+_linear.register_autograd(_gradient, setup_context=_save)
+
+
+@torch.library.custom_op("voroq::transposed", mutates_args=())
+def _transposed(y: Tensor, tensors: list[Tensor], key: str) -> Tensor:
+    """y @ w: the gradient of `linear` to its input."""
+    return y @ reference.weight(_packed(tensors, key), y.dtype)
+
+
+@_transposed.register_fake
+def _(y: Tensor, tensors: list[Tensor], key: str) -> Tensor:
+    return y.new_empty((*y.shape[:-1], _SPECS[key].shape[1]))

@@ -17,4 +17,8 @@ def supports(spec: Spec, x: Float[Tensor, "*batch in"]) -> bool:
 
 def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*batch out"]:
     """Differentiable with respect to `x`."""
-    return torch.nn.functional.linear(x, unpack(packed).dequantize().to(x.dtype))
+    return torch.nn.functional.linear(x, weight(packed, x.dtype))
+
+
+def weight(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    return unpack(packed).dequantize().to(dtype)

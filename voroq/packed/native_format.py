@@ -101,7 +101,7 @@ class NativeSpec:
 
     def layout(self) -> tuple[Stored, ...]:
         out, columns = self.shape
-        stored = [tensor for i, run in enumerate(self.runs) for tensor in run.layout(out, _suffix(i))]
+        stored = [tensor for i, run in enumerate(self.runs) for tensor in run.layout(out, suffix(i))]
         if "permute" in self.steps:
             dtype = torch.int16 if columns <= 1 << 16 else torch.int32
             stored.append(Stored("weight_perm", (columns,), Role.PERM, (dtype,)))
@@ -150,15 +150,15 @@ class NativeSpec:
     def pack(self, q: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for i, (run, at) in enumerate(self._runs_with_start()):
-            bands, codes, suffix = q.bands[at : at + run.count], q.codes[at : at + run.count], _suffix(i)
+            bands, codes, mark = q.bands[at : at + run.count], q.codes[at : at + run.count], suffix(i)
             merged = [merge_streams(c, run.form.widths).to(code_dtype(run.width)) for c in codes]
-            tensors[f"weight_codes{suffix}"] = pack_bits(torch.cat(merged, dim=1), run.width)
+            tensors[f"weight_codes{mark}"] = pack_bits(torch.cat(merged, dim=1), run.width)
             if run.form.rows:
-                tensors[f"weight_tables{suffix}"] = torch.stack([run.form.table(band.codebook) for band in bands]).to(dtype)
+                tensors[f"weight_tables{mark}"] = torch.stack([run.form.table(band.codebook) for band in bands]).to(dtype)
             if run.scale:
-                tensors[f"weight_scales{suffix}"] = torch.stack([band.scale for band in bands]).to(dtype)
+                tensors[f"weight_scales{mark}"] = torch.stack([band.scale for band in bands]).to(dtype)
             if run.zero:
-                tensors[f"weight_zeros{suffix}"] = pack_bits(torch.stack([band.zero for band in bands]).long(), run.width)
+                tensors[f"weight_zeros{mark}"] = pack_bits(torch.stack([band.zero for band in bands]).long(), run.width)
         for kind, step in zip(self.steps, q.transform.steps, strict=True):
             for field, name in _STEP_TENSORS[kind].items():
                 value = step.tensors()[field]
@@ -168,12 +168,15 @@ class NativeSpec:
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quantized:
         bands, codes, start = [], [], 0
         for i, run in enumerate(self.runs):
-            for band, band_codes in _unpack_run(run, tensors, _suffix(i), start, self.shape[0]):
+            for band, band_codes in _unpack_run(run, tensors, suffix(i), start, self.shape[0]):
                 bands.append(band)
                 codes.append(band_codes)
             start += run.count * run.columns
-        steps = tuple(self._step(kind, {field: tensors[name] for field, name in _STEP_TENSORS[kind].items()}) for kind in self.steps)
-        return Quantized(self.shape, Chain(steps), tuple(bands), tuple(codes))
+        return Quantized(self.shape, self.transform(tensors), tuple(bands), tuple(codes))
+
+    def transform(self, tensors: Mapping[str, Tensor]) -> Chain:
+        """The basis that the codes are written in."""
+        return Chain(tuple(self._step(kind, {field: tensors[name] for field, name in _STEP_TENSORS[kind].items()}) for kind in self.steps))
 
     def _step(self, kind: str, stored: dict[str, Tensor]) -> Transform:
         if kind in _SIGNED:
@@ -211,7 +214,7 @@ def _signs(words: Int[Tensor, "w"], count: int) -> Int[Tensor, "n"]:
     return (1 - 2 * unpack_bits(words[None], 1, count)[0]).to(torch.int8)
 
 
-def _suffix(run: int) -> str:
+def suffix(run: int) -> str:
     return f"_{run}" if run else ""
 
 

@@ -1,0 +1,366 @@
+// Chooses the instruction set, makes tables and inputs ready, and shares the rows of the matrix among threads. Every row is computed by
+// one thread from start to end, so the result does not depend on their number.
+#include "kernels.h"
+#include "parallel.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+namespace voroq {
+namespace {
+
+struct Isa {
+    const char* name;
+    const Kernels* kernels;
+};
+
+std::vector<Isa> found() {
+    std::vector<Isa> list;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        list.push_back({"avx512", &avx512});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) list.push_back({"avx2", &avx2});
+#endif
+    list.push_back({"portable", &portable});
+    return list;
+}
+
+const std::vector<Isa>& isas() {
+    static const std::vector<Isa> list = found();
+    return list;
+}
+
+const Isa* choose(int32_t wanted) {
+    const auto& list = isas();
+    if (wanted >= static_cast<int32_t>(list.size())) return nullptr;
+    return &list[std::max(wanted, 0)];
+}
+
+float from_half(uint16_t bits) {
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    float value;
+    if (exponent == 0) {
+        value = float(fraction) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    const uint32_t word = sign | (exponent == 31 ? 0x7f800000u | fraction << 13 : (exponent + 112) << 23 | fraction << 13);
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+uint16_t to_half(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return sign | 0x7e00;
+    if (bits >= 0x477ff000u) return sign | 0x7c00;
+    if (bits < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded fraction in the lowest bits
+        float size;
+        std::memcpy(&size, &bits, 4);
+        size += 0.5f;
+        std::memcpy(&bits, &size, 4);
+        return sign | uint16_t(bits - 0x3f000000u);
+    }
+    return sign | uint16_t((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13);
+}
+
+uint16_t to_brain(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+float real_at(const void* from, int32_t real, int64_t i) {
+    if (real == F32) return static_cast<const float*>(from)[i];
+    const uint16_t bits = static_cast<const uint16_t*>(from)[i];
+    if (real == F16) return from_half(bits);
+    const uint32_t word = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+void put_real(void* to, int32_t real, int64_t i, float value) {
+    if (real == F32) static_cast<float*>(to)[i] = value;
+    else static_cast<uint16_t*>(to)[i] = real == F16 ? to_half(value) : to_brain(value);
+}
+
+// Memory of this call, on cache lines; kept by the thread for the next one.
+class Scratch {
+  public:
+    float* take(int64_t floats) {
+        floats = (floats + 15) / 16 * 16;
+        if (used_ == blocks_.size()) blocks_.emplace_back();
+        Block& block = blocks_[used_++];
+        if (block.size < floats) {
+            block.memory.reset(static_cast<float*>(::operator new(size_t(floats) * 4, std::align_val_t(64))));
+            block.size = floats;
+        }
+        return block.memory.get();
+    }
+    void reset() { used_ = 0; }
+
+  private:
+    struct Free {
+        void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+    };
+    struct Block {
+        std::unique_ptr<float, Free> memory;
+        int64_t size = 0;
+    };
+    std::vector<Block> blocks_;
+    size_t used_ = 0;
+};
+
+int lanes_for(int64_t size) { return size <= 4 ? 4 : size <= 8 ? 8 : 16; }
+
+const float* floats(Scratch& scratch, const Kernels& kernels, const void* from, int32_t real, int64_t count) {
+    if (!from || real == F32) return static_cast<const float*>(from);
+    float* to = scratch.take(count);
+    kernels.widen(from, real, count, to);
+    return to;
+}
+
+// Entries of `size` as `lanes` floats, zeros behind.
+const float* padded(Scratch& scratch, const Kernels& kernels, const void* from, int32_t real, int64_t entries, int64_t size, int lanes) {
+    const float* dense = floats(scratch, kernels, from, real, entries * size);
+    if (size == lanes) return dense;
+    float* to = scratch.take(entries * lanes);
+    for (int64_t e = 0; e < entries; ++e)
+        for (int64_t i = 0; i < lanes; ++i) to[e * lanes + i] = i < size ? dense[e * size + i] : 0.0f;
+    return to;
+}
+
+// Tables above this many entries are read in their stored type, which takes half the cache.
+constexpr int64_t SMALL = 4096;
+
+Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool widen) {
+    Ready r{band, nullptr, nullptr, nullptr, nullptr, 0, F32};
+    if (band.kind == GRID) return r;
+    const int64_t size = int64_t(band.rows) * band.cols, entries = int64_t(1) << band.bits;
+    r.lanes = lanes_for(size);
+    if (!widen && entries > SMALL && size == r.lanes && (band.real == BF16 || (band.real == F16 && &kernels != &portable))) {
+        r.table = band.table;
+        r.half = band.real;
+    } else {
+        r.table = padded(scratch, kernels, band.table, band.real, entries, size, r.lanes);
+    }
+    if (band.residual) r.residual = padded(scratch, kernels, band.residual, band.real, int64_t(1) << band.residual_bits, size, r.lanes);
+    return r;
+}
+
+bool can(const Band& band) {
+    const int64_t size = int64_t(band.rows) * band.cols;
+    if (band.rows != 1 && band.cols != 1) return false;
+    if (band.kind == GRID) return size == 1 && band.bits <= 8 && band.width == band.bits;
+    return size <= 16 && band.width <= 32 && band.bits + band.residual_bits <= band.width;
+}
+
+int64_t place(const Product& p, int64_t column) {
+    if (!p.perm) return column;
+    if (p.perm_bytes == 2) return static_cast<const uint16_t*>(p.perm)[column];
+    return p.perm_bytes == 4 ? static_cast<const int32_t*>(p.perm)[column] : static_cast<const int64_t*>(p.perm)[column];
+}
+
+// A permutation that leads out of the matrix is refused on loading; here it only must not be followed.
+void check(const Product& p) {
+    for (int64_t c = 0; p.perm && c < p.in; ++c)
+        if (uint64_t(place(p, c)) >= uint64_t(p.in)) throw std::out_of_range("permutation");
+}
+
+// B rows of x, as the kernels read them: stored column order, scaled. Rows past the batch are zero.
+struct Inputs {
+    float* by_column;    // [in][B]
+    float* by_row;       // [B][in]
+    float shift[MOST];   // sum of x * shift, of all columns
+    float all[MOST];     // sum of x
+};
+
+Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_t first, int B) {
+    Inputs to{scratch.take(p.in * B), nullptr, {}, {}};
+    const int64_t rows = std::min<int64_t>(B, p.batch - first);
+    const float* scale = floats(scratch, kernels, p.scale, p.real, p.in);
+    const float* shift = floats(scratch, kernels, p.shift, p.real, p.in);
+    const float* x = floats(scratch, kernels, static_cast<const char*>(p.x) + first * p.in * (p.x_real == F32 ? 4 : 2), p.x_real, rows * p.in);
+    for (int b = 0; b < rows; ++b) {
+        double with_shift = 0, plain = 0;
+        for (int64_t c = 0; c < p.in; ++c) {
+            plain += x[b * p.in + c];
+            if (shift) with_shift += double(x[b * p.in + c]) * shift[c];
+        }
+        to.shift[b] = float(with_shift);
+        to.all[b] = float(plain);
+    }
+    for (int64_t c = 0; c < p.in; ++c) {
+        const int64_t at = place(p, c);
+        const float by = scale ? scale[at] : 1.0f;
+        for (int b = 0; b < B; ++b) to.by_column[c * B + b] = b < rows ? x[b * p.in + at] * by : 0.0f;
+    }
+    return to;
+}
+
+void point(Scratch& scratch, const Product& p, Inputs& in, Ready& r, int B) {
+    const Band& band = r.band;
+    if (band.kind == GRID) {
+        if (!in.by_row) {
+            in.by_row = scratch.take(p.in * B);
+            for (int64_t c = 0; c < p.in; ++c)
+                for (int b = 0; b < B; ++b) in.by_row[b * p.in + c] = in.by_column[c * B + b];
+        }
+        float* sums = scratch.take(B);
+        for (int b = 0; b < B; ++b) sums[b] = std::accumulate(in.by_row + b * p.in + band.column, in.by_row + b * p.in + band.column + band.along, 0.0f);
+        r.sums = sums;
+        r.x = in.by_row;
+    } else if (band.cols == 1) {
+        r.x = in.by_column + band.column * B;
+    } else {
+        float* x = scratch.take(band.along * B * r.lanes);
+        for (int64_t t = 0; t < band.along; ++t)
+            for (int b = 0; b < B; ++b)
+                for (int i = 0; i < r.lanes; ++i)
+                    x[(t * B + b) * r.lanes + i] = i < band.cols ? in.by_column[(band.column + t * band.cols + i) * B + b] : 0.0f;
+        r.x = x;
+    }
+}
+
+// Rows handled at once: whole tiles of every band, a few pieces for each thread.
+int64_t piece(const Product& p) {
+    int64_t unit = 1;
+    for (int64_t i = 0; i < p.count; ++i) unit = std::lcm(unit, int64_t(p.bands[i].rows));
+    const int64_t wanted = std::clamp<int64_t>(p.out / (8 * std::max(p.threads, 1)), 64, 1024);
+    return (wanted + unit - 1) / unit * unit;
+}
+
+void write(const Product& p, const Inputs& in, int64_t batch, int64_t rows, int64_t first, int64_t last, const float* y, int64_t pitch) {
+    for (int64_t b = 0; b < rows; ++b)
+        for (int64_t o = first; o < last; ++o) {
+            float value = y[b * pitch + o - first] + in.shift[b];
+            if (p.row_scale) value = value * real_at(p.row_scale, p.real, o) + real_at(p.row_shift, p.real, o) * in.all[b];
+            put_real(p.y, p.x_real, (batch + b) * p.out + o, value);
+        }
+}
+
+thread_local Scratch scratch;
+
+int32_t run(const Product& p) {
+    const Isa* isa = choose(p.isa);
+    if (!isa) return 1;
+    const Kernels& kernels = *isa->kernels;
+    for (int64_t i = 0; i < p.count; ++i)
+        if (!can(p.bands[i])) return 1;
+    check(p);
+    scratch.reset();
+    std::vector<Ready> bands;
+    for (int64_t i = 0; i < p.count; ++i) bands.push_back(ready(scratch, kernels, p.bands[i], false));
+    const int64_t step = piece(p), pieces = (p.out + step - 1) / step;
+    for (int64_t done = 0; done < p.batch; done += MOST) {
+        const int64_t rows = std::min<int64_t>(MOST, p.batch - done);
+        const int B = rows <= 2 ? int(rows) : rows <= 4 ? 4 : 8;
+        Inputs in = inputs(scratch, kernels, p, done, B);
+        for (Ready& r : bands) point(scratch, p, in, r, B);
+        parallel(pieces, p.threads, [&](int64_t i) {
+            const int64_t first = i * step, last = std::min(first + step, p.out);
+            thread_local std::vector<float> y;
+            y.assign(size_t(B * step), 0.0f);
+            kernels.product(bands.data(), p.count, p.out, p.in, B, first, last, y.data(), step);
+            write(p, in, done, rows, first, last, y.data(), step);
+        });
+    }
+    return 0;
+}
+
+int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int32_t real) {
+    const Isa* isa = choose(p.isa);
+    if (!isa || first < 0 || last > p.out) return 1;
+    const Kernels& kernels = *isa->kernels;
+    int64_t unit = 1;
+    for (int64_t i = 0; i < p.count; ++i) {
+        if (!can(p.bands[i])) return 1;
+        unit = std::lcm(unit, int64_t(p.bands[i].rows));
+    }
+    if (first % unit) return 1;
+    scratch.reset();
+    std::vector<Ready> bands;
+    for (int64_t i = 0; i < p.count; ++i) bands.push_back(ready(scratch, kernels, p.bands[i], true));
+    const float* scale = floats(scratch, kernels, p.scale, p.real, p.in);
+    const float* shift = floats(scratch, kernels, p.shift, p.real, p.in);
+    check(p);
+    const int64_t step = (16 + unit - 1) / unit * unit;
+    parallel((last - first + step - 1) / step, p.threads, [&](int64_t i) {
+        const int64_t from = first + i * step, to = std::min(from + step, last);
+        thread_local std::vector<float> rows;
+        rows.resize(size_t((to - from) * p.in));
+        kernels.decode(bands.data(), p.count, p.out, p.in, from, to, rows.data());
+        for (int64_t row = from; row < to; ++row) {
+            const float by = p.row_scale ? real_at(p.row_scale, p.real, row) : 1.0f, more = p.row_shift ? real_at(p.row_shift, p.real, row) : 0.0f;
+            const float* stored = rows.data() + (row - from) * p.in;
+            for (int64_t c = 0; c < p.in; ++c) {
+                const int64_t at = place(p, c);
+                float w = stored[c];
+                if (scale) w = w * scale[at] + shift[at];
+                if (p.row_scale) w = w * by + more;
+                put_real(out, real, (row - first) * p.in + at, w);
+            }
+        }
+    });
+    return 0;
+}
+
+int32_t run_nearest(const float* v, int64_t n, const float* table, int64_t k, int dim, int64_t* best, int threads, int32_t wanted) {
+    const Isa* isa = choose(wanted);
+    if (!isa) return 1;
+    scratch.reset();
+    const int64_t padded = (k + 15) / 16 * 16;
+    float* columns = scratch.take(padded * dim);
+    float* bias = scratch.take(padded);
+    for (int64_t j = 0; j < padded; ++j) {
+        float norm = 0;
+        for (int d = 0; d < dim; ++d) {
+            const float t = j < k ? table[j * dim + d] : 0.0f;
+            columns[d * padded + j] = t;
+            norm += t * t;
+        }
+        bias[j] = j < k ? -0.5f * norm : -std::numeric_limits<float>::infinity();
+    }
+    const int64_t step = 64;
+    parallel((n + step - 1) / step, threads, [&](int64_t i) {
+        isa->kernels->nearest(v + i * step * dim, std::min(step, n - i * step), columns, bias, padded, dim, best + i * step);
+    });
+    return 0;
+}
+
+// No exception may cross the C interface: there may be no memory, or a permutation is none.
+template <class Work>
+int32_t guarded(const Work& work) {
+    try {
+        return work();
+    } catch (...) {
+        return 2;
+    }
+}
+
+}  // namespace
+}  // namespace voroq
+
+int32_t voroq_abi() { return VOROQ_ABI; }
+int32_t voroq_isa_count() { return static_cast<int32_t>(voroq::isas().size()); }
+const char* voroq_isa(int32_t index) { return index >= 0 && index < voroq_isa_count() ? voroq::isas()[size_t(index)].name : nullptr; }
+int32_t voroq_product(const Product* product) {
+    return voroq::guarded([&] { return voroq::run(*product); });
+}
+int32_t voroq_decode(const Product* product, int64_t first, int64_t last, void* out, int32_t real) {
+    return voroq::guarded([&] { return voroq::run_decode(*product, first, last, out, real); });
+}
+int32_t voroq_nearest(const float* v, int64_t n, const float* table, int64_t k, int32_t dim, int64_t* best, int32_t threads, int32_t isa) {
+    return voroq::guarded([&] { return voroq::run_nearest(v, n, table, k, dim, best, threads, isa); });
+}

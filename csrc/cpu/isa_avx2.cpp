@@ -1,0 +1,9 @@
+#include "kernels.h"
+#include <immintrin.h>
+
+namespace voroq {
+namespace avx2_only {
+#include "kernels.inc"
+}
+const Kernels avx2 = {avx2_only::product, avx2_only::decode, avx2_only::widen, avx2_only::nearest};
+}  // namespace voroq

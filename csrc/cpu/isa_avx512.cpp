@@ -1,0 +1,9 @@
+#include "kernels.h"
+#include <immintrin.h>
+
+namespace voroq {
+namespace avx512_only {
+#include "kernels.inc"
+}
+const Kernels avx512 = {avx512_only::product, avx512_only::decode, avx512_only::widen, avx512_only::nearest};
+}  // namespace voroq

@@ -1,0 +1,9 @@
+#include "kernels.h"
+
+
+namespace voroq {
+namespace portable_only {
+#include "kernels.inc"
+}
+const Kernels portable = {portable_only::product, portable_only::decode, portable_only::widen, portable_only::nearest};
+}  // namespace voroq

@@ -1,0 +1,34 @@
+// What dispatch.cpp asks of every instruction set. The same source, kernels.inc, is compiled once for each.
+#pragma once
+#include "voroq.h"
+
+namespace voroq {
+
+constexpr int MOST = 8;  // rows of x at a time
+
+// A band with its tables made ready: entries of `lanes` floats (or of the stored type where `half`), zero beyond the tile.
+struct Ready {
+    Band band;
+    const void* table;
+    const void* residual;    // always floats
+    const float* x;          // tiles down: [in][batch]; tiles along: [tile][batch][lanes]; grid: [batch][in]
+    const float* sums;       // grid: sum of x over the band [batch]
+    int lanes;
+    int half;                // Real of `table`
+};
+
+struct Kernels {
+    // y[b * pitch + row] += the product with `bands`, for rows [first, last) of the matrix; batch is 1, 2, 4 or 8.
+    void (*product)(const Ready* bands, int64_t count, int64_t out, int64_t in, int batch, int64_t first, int64_t last, float* y, int64_t pitch);
+    // out[(row - first) * in + column] = stored weight
+    void (*decode)(const Ready* bands, int64_t count, int64_t out, int64_t in, int64_t first, int64_t last, float* to);
+    void (*widen)(const void* from, int real, int64_t count, float* to);
+    void (*nearest)(const float* v, int64_t n, const float* columns, const float* bias, int64_t k, int dim, int64_t* best);
+};
+
+extern const Kernels portable;
+#if defined(__x86_64__)
+extern const Kernels avx2, avx512;
+#endif
+
+}  // namespace voroq

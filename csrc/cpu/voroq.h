@@ -1,0 +1,61 @@
+// The C interface of the CPU kernels. No C++ and no torch types cross it, so one library serves every version of Python and torch.
+// Python's side of it is voroq/native.py; change both and raise VOROQ_ABI.
+#pragma once
+#include <cstdint>
+
+#define VOROQ_ABI 1
+
+enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
+enum Kind : int32_t { TABLE = 0, GRID = 1 };
+
+// Consecutive columns in one codebook: `along` codes a row of tiles, each of `rows` x `cols` weights.
+struct Band {
+    const uint32_t* words;   // the codes' bit stream, row 0
+    int64_t pitch;           // words from one row of tiles to the next
+    int64_t first;           // place of the band's first code in its row
+    int64_t along;           // codes per row of tiles
+    int64_t column;          // first column, in stored order
+    int64_t down;            // rows of tiles
+    const void* table;       // [2**bits, rows * cols]
+    const void* residual;    // [2**residual_bits, rows * cols] or null
+    const void* scale;       // per row of tiles, or null
+    const uint32_t* zeros;   // bit stream of a zero point per row of tiles, or null
+    int32_t rows, cols;      // of a tile; one of them is 1
+    int32_t width;           // bits of a code: the word's number, the residual's above it
+    int32_t bits, residual_bits;
+    int32_t kind;            // Kind
+    int32_t real;            // Real, of table, residual and scale
+};
+
+// y = x w^T for a packed w [out, in]: w[o, c] = (scale[c] * stored[o, place(c)] + shift[c])
+struct Product {
+    int64_t out, in, batch, count;
+    const Band* bands;
+    const void* x;           // [batch, in]
+    void* y;                 // [batch, out]
+    const void* perm;        // column of x at stored place p, unsigned 16 or signed 32 or 64 bits; or null
+    const void* scale;       // [in] in original order, or null
+    const void* shift;
+    const void* row_scale;   // [out], or null: w = row_scale[o] * stored + row_shift[o]
+    const void* row_shift;
+    int32_t x_real;          // Real, of x and y
+    int32_t real;            // Real, of scale and shift
+    int32_t perm_bytes;      // 2, 4 or 8
+    int32_t threads;
+    int32_t isa;             // -1: the best
+};
+
+#pragma GCC visibility push(default)
+extern "C" {
+int32_t voroq_abi();
+// Name of the best instruction set found here, and how many this library was built with.
+const char* voroq_isa(int32_t index);
+int32_t voroq_isa_count();
+// 0, or 1 where the product asks for what this library does not have.
+int32_t voroq_product(const Product* product);
+// Rows [first, last) of w, as `real` [last - first, in]; `first` is where a tile of every band begins.
+int32_t voroq_decode(const Product* product, int64_t first, int64_t last, void* out, int32_t real);
+// best[i] = argmin_j |v_i - t_j|^2 of v [n, dim] and table [k, dim]; the first of equals. Every sum in the same order on every machine.
+int32_t voroq_nearest(const float* v, int64_t n, const float* table, int64_t k, int32_t dim, int64_t* best, int32_t threads, int32_t isa);
+}
+#pragma GCC visibility pop

@@ -1,0 +1,224 @@
+"""y = x @ w.T on the CPU without building w: codes are unpacked, looked up and multiplied in one pass (csrc/cpu).
+
+Reads the packed tensors as they are stored; nothing is prepared or kept. Up to `FUSED` rows of x it is one pass for every eight; with
+more, panels of w that fit into the cache are decoded and multiplied by torch. Tables, and grids of up to 8 bits, along one side of the
+matrix; all sums in float32. The result does not depend on the number of threads.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count
+from math import lcm, prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from voroq import native
+from voroq.native import REALS, Band, Product
+from voroq.packed.base import Packed, Spec
+from voroq.packed.codebooks import GridForm, ResidualForm, TableForm
+from voroq.packed.native_format import NativeSpec, Run, suffix
+from voroq.packed.vptq_format import VptqSpec
+
+FUSED = 16
+"""Rows of x that are multiplied without decoding panels."""
+PANEL = 1 << 20
+"""Weights of a panel."""
+LONGEST = 16
+"""Weights per vector."""
+
+Pointers = dict[str, int]
+"""Address of every tensor, by its name."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the library needs to know of one linear, addresses of its tensors included."""
+
+    bands: object  # a ctypes array of Band
+    count: int
+    unit: int
+    columns: tuple[int | None, int, int | None, int | None]
+    """perm, bytes of one of its entries, scale, shift"""
+    rows: tuple[int | None, int | None]
+    real: int
+
+
+def supports(spec: Spec, x: Float[Tensor, "*batch in"]) -> bool:
+    return native.library() is not None and x.device.type == "cpu" and x.dtype in REALS and _known(spec)
+
+
+def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*batch out"]:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    spec = packed.spec
+    if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"}:
+        inside = Packed(replace(spec, steps=()), packed.tensors)
+        y = spec.transform(packed.tensors).linear(flat.float(), lambda inner: _multiply(inner.contiguous(), inside)).to(x.dtype)
+    else:
+        y = _multiply(flat, packed)
+    return y.reshape(*x.shape[:-1], spec.shape[0])
+
+
+def weight(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    """The stored weight, in the basis of its codes where that is rotated; bit for bit what `dequantize` gives where it is not."""
+    w = torch.empty(packed.spec.shape, dtype=dtype)
+    with _Call(packed) as call:
+        call.decode(0, w)
+    return w
+
+
+def _multiply(x: Float[Tensor, "n in"], packed: Packed) -> Float[Tensor, "n out"]:
+    out, columns = packed.spec.shape
+    y = torch.empty(x.shape[0], out, dtype=x.dtype)
+    with _Call(packed) as call:
+        if x.shape[0] <= FUSED:
+            call.multiply(x, y)
+            return y
+        wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # no machine of this kind multiplies float16 fast
+        rows = max(1, PANEL // columns // call.unit) * call.unit
+        panel, x = torch.empty(min(rows, out), columns, dtype=wide), x.to(wide)
+        for first in range(0, out, rows):
+            part = panel[: min(rows, out - first)]
+            call.decode(first, part)
+            y[:, first : first + part.shape[0]] = x @ part.T
+    return y
+
+
+class _Call:
+    """The tensors of `packed` held contiguous, and what the library is told about them."""
+
+    def __init__(self, packed: Packed) -> None:
+        spec = packed.spec
+        self.held = {stored.name: packed.tensors[stored.name].detach().contiguous() for stored in spec.layout()}
+        odd = self.held.get("outlier_indices")
+        if odd is not None and odd.dtype == torch.int16 and odd.shape[-1] % 2:  # rows must be whole words
+            self.held["outlier_indices"] = torch.nn.functional.pad(odd, (0, 1))
+        facts = tuple((name, tensor.data_ptr(), tensor.dtype) for name, tensor in self.held.items())
+        self.spec, self.plan = spec, _plan(spec, facts)
+        self.unit = self.plan.unit
+
+    def __enter__(self) -> "_Call":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.held.clear()
+
+    def multiply(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
+        native.call("voroq_product", self._product(x, y))
+
+    def decode(self, first: int, into: Float[Tensor, "rows in"]) -> None:
+        native.call("voroq_decode", self._product(), first, first + into.shape[0], into.data_ptr(), REALS[into.dtype])
+
+    def _product(self, x: Tensor | None = None, y: Tensor | None = None) -> Product:
+        plan, (out, columns) = self.plan, self.spec.shape
+        perm, width, scale, shift = plan.columns
+        given = (x.shape[0], x.data_ptr(), y.data_ptr(), REALS[x.dtype]) if x is not None else (0, None, None, 0)
+        return Product(
+            *(out, columns, given[0], plan.count),
+            *(plan.bands, given[1], given[2], perm, scale, shift, *plan.rows),
+            *(given[3], plan.real, width, torch.get_num_threads(), ISA),
+        )
+
+
+ISA = -1
+"""The instruction set to use, as a place in `native.isas()`; -1 is the best. Tests set it."""
+
+
+@lru_cache(maxsize=4096)
+def _plan(spec: Spec, facts: tuple[tuple[str, int, torch.dtype], ...]) -> Plan:
+    """From the addresses and types of all tensors: whatever else once lay there, a plan from the same facts is the same."""
+    at = {name: address for name, address, _ in facts}
+    dtypes = {name: dtype for name, _, dtype in facts}
+    reals = {dtypes[stored.name] for stored in spec.layout() if stored.real}
+    if len(reals) > 1:
+        raise ValueError(f"all tables and scales of a linear must have one type, got {', '.join(sorted(map(str, reals)))}")
+    real = next(iter(reals), torch.float32)
+    bands = list((_vptq_bands if isinstance(spec, VptqSpec) else _native_bands)(spec, at, dtypes, real))
+    perm = "perm" if isinstance(spec, VptqSpec) else "weight_perm"
+    perm_bytes = dtypes[perm].itemsize if perm in at else 0
+    scales = at.get("weight_scale"), at.get("weight_bias")
+    by_row = isinstance(spec, VptqSpec) and spec.norm_dim == 1
+    return Plan(
+        (Band * len(bands))(*bands),
+        len(bands),
+        lcm(*(band.rows for band in bands)),
+        (at.get(perm), perm_bytes, *((None, None) if by_row else scales)),
+        scales if by_row else (None, None),
+        REALS[real],
+    )
+
+
+def _vptq_bands(spec: VptqSpec, at: Pointers, dtypes: dict[str, torch.dtype], real: torch.dtype) -> Iterator[Band]:
+    out, size = spec.shape[0], 0
+    if spec.outliers is not None:
+        o, wide = spec.outliers, dtypes["outlier_indices"].itemsize * 8
+        size, down = o.columns, -(-out // o.vector)
+        bits = o.k.bit_length() - 1
+        pitch = -(-o.columns * wide // 32)
+        yield Band(
+            *(at["outlier_indices"], pitch, 0, o.columns, 0, down, at["outlier_centroids.weight"], None, None, None),
+            *(o.vector, 1, wide, bits, 0, native.TABLE, REALS[real]),
+        )
+    codes, table, *residual = (stored for stored in _main_tensors(spec))
+    down, words = codes.shape[1:]
+    bits, residual_bits = (*spec.widths, 0)[:2]
+    for t in range(spec.groups):
+        tables = [at[s.name] + t * s.shape[1] * real.itemsize for s in (table, *residual)]
+        yield Band(
+            *(at["indices"] + t * down * words * 4, words, 0, spec.group_size, size + t * spec.group_size, down),
+            *(tables[0], tables[1] if residual else None, None, None),
+            *(spec.vector, 1, sum(spec.widths), bits, residual_bits, native.TABLE, REALS[real]),
+        )
+
+
+def _main_tensors(spec: VptqSpec) -> list:
+    named = {stored.name: stored for stored in spec.layout()}
+    return [named[name] for name in ("indices", "centroids.weight", "res_centroids.weight") if name in named]
+
+
+def _native_bands(spec: NativeSpec, at: Pointers, dtypes: dict[str, torch.dtype], real: torch.dtype) -> Iterator[Band]:
+    start = 0
+    for place, run in zip(count(), spec.runs, strict=False):
+        yield from _run_bands(run, spec.shape[0], start, {name.removesuffix(s): at[name] for name, s in _of_run(run, spec, place)}, real)
+        start += run.count * run.columns
+
+
+def _of_run(run: Run, spec: NativeSpec, place: int) -> list[tuple[str, str]]:
+    return [(stored.name, suffix(place)) for stored in run.layout(spec.shape[0], suffix(place))]
+
+
+def _run_bands(run: Run, out: int, start: int, at: Pointers, real: torch.dtype) -> Iterator[Band]:
+    shapes = {stored.name: stored.shape for stored in run.layout(out, "")}
+    down, pitch = shapes["weight_codes"]
+    along = run.columns // run.tile.cols
+    widths = (*run.form.widths, 0)[:2]
+    for i in range(run.count):
+        sizes = {name: prod(shape[1:]) * (4 if name == "weight_zeros" else real.itemsize) for name, shape in shapes.items()}
+        own = {name: at[name] + i * sizes[name] for name in shapes if name != "weight_codes"}
+        table = own.get("weight_tables")
+        second = table + (1 << widths[0]) * run.tile.size * real.itemsize if isinstance(run.form, ResidualForm) else None
+        yield Band(
+            *(at["weight_codes"], pitch, i * along, along, start + i * run.columns, down),
+            *(table, second, own.get("weight_scales"), own.get("weight_zeros")),
+            *(run.tile.rows, run.tile.cols, run.width, widths[0], widths[1] if second else 0),
+            *(native.GRID if isinstance(run.form, GridForm) else native.TABLE, REALS[real]),
+        )
+
+
+@lru_cache(maxsize=1024)
+def _known(spec: Spec) -> bool:
+    """Whether the library has what `spec` asks for."""
+    if isinstance(spec, VptqSpec):
+        sizes = [spec.vector, spec.outliers.vector if spec.outliers else 1]
+        return max(sizes) <= LONGEST and sum(spec.widths) <= 32
+    return isinstance(spec, NativeSpec) and all(_known_run(run) for run in spec.runs)
+
+
+def _known_run(run: Run) -> bool:
+    if isinstance(run.form, GridForm):
+        return run.tile.size == 1
+    tables = isinstance(run.form, TableForm) or (isinstance(run.form, ResidualForm) and len(run.form.sizes) == 2)
+    return tables and 1 in (run.tile.rows, run.tile.cols) and run.tile.size <= LONGEST and run.width <= 32
+

@@ -1,0 +1,222 @@
+"""Every kernel against the reference, over every setting it claims, on ragged shapes; and what does not depend on the machine."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from voroq import native
+from voroq.codebook.grid import Grid
+from voroq.errors import VoroqError
+from voroq.kernels import KERNELS, cpu, matmul, pick, reference, register
+from voroq.packed.conftest import random_band, random_gptq, random_pyramids, random_table, random_transform, random_vptq
+from voroq.packed.format import pack, unpack
+from voroq.quantized import Quantized, Tile
+
+needs_library = pytest.mark.skipif(native.library() is None, reason=f"{native.problem()}")
+TABLES = [(1, (16,)), (2, (4,)), (3, (16,)), (4, (256,)), (4, (8192, 64)), (6, (4096,)), (8, (256, 256)), (8, (8192,)), (12, (64, 32))]
+TABLES += [(16, (16, 16)), (16, (8192,))]
+OUTLIERS = [(0, 2, 8), (5, 4, 16), (6, 3, 8)]
+TYPES = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+BATCHES = (1, 2, 3, 8, 11, 17)
+"""One pass of every width, two passes, panels."""
+
+
+@pytest.fixture(params=range(len(native.isas())), ids=native.isas())
+def isa(request, monkeypatch):
+    monkeypatch.setattr(cpu, "ISA", request.param)
+
+
+def rows(batch: int, columns: int) -> torch.Tensor:
+    return torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
+
+
+def agrees(q: Quantized, layout: str, real: torch.dtype, wanted: torch.dtype) -> None:
+    packed = pack(q, real, layout)
+    w = unpack(packed).dequantize().double()
+    for batch in BATCHES:
+        x = rows(batch, q.shape[1]).to(wanted)
+        assert pick(packed.spec, x) == "cpu"
+        expected = x.double() @ w.T
+        y = matmul(x, packed)
+        assert y.dtype == wanted
+        assert (y.double() - expected).abs().max() < TOLERANCE[wanted] * expected.abs().max(), (packed.spec, batch)
+
+
+def ragged(groups: int, outliers: int) -> int:
+    """Columns that divide into groups of an odd width, more than the kernel unpacks at once."""
+    return outliers + groups * 157
+
+
+@needs_library
+@pytest.mark.parametrize("steps", [(), ("affine", "permute"), ("rows",)], ids="-".join)
+@pytest.mark.parametrize("outliers", OUTLIERS, ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("v", "sizes"), TABLES, ids=str)
+def test_tables_down_the_output(isa, v, sizes, groups, outliers, steps):
+    q = random_vptq(43, ragged(groups, outliers[0]), 7, v=v, sizes=sizes, groups=groups, outliers=outliers, steps=steps)
+    real, wanted = TYPES[(v + groups + outliers[0]) % 3]
+    agrees(q, "vptq", real, wanted)
+
+
+@needs_library
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize(("v", "sizes"), TABLES, ids=str)
+def test_tables_along_the_input(isa, v, sizes, scale):
+    rng = torch.Generator().manual_seed(3)
+    edges = [0, 21 * v, 150 * v]
+    bands = [random_band(a, b, Tile(1, v), random_table(sizes, v, rng), 37, rng, scale=scale) for a, b in pairwise(edges)]
+    q = Quantized((37, edges[-1]), random_transform(edges[-1], ("permute",), rng), tuple(b for b, _ in bands), tuple(c for _, c in bands))
+    agrees(q, "voroq", *TYPES[v % 3])
+
+
+@needs_library
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("steps", [(), ("permute",), ("affine", "permute"), ("rotate_in", "permute"), ("rotate_both",)], ids="-".join)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_grids(isa, bits, steps, zero):
+    rng = torch.Generator().manual_seed(bits)
+    edges = [0, 100, 200, 300, 380, 384]
+    bands = [random_band(a, b, Tile(1, 1), Grid(bits), 41, rng, scale=True, zero=zero) for a, b in pairwise(edges)]
+    q = Quantized((41, 384), random_transform(384, steps, rng, 41), tuple(b for b, _ in bands), tuple(c for _, c in bands))
+    agrees(q, "voroq", torch.float32, torch.float32)
+
+
+@needs_library
+def test_more_bands_than_are_held_at_once(isa):
+    agrees(random_gptq(19, 8 * 70 + 3, 1), "voroq", torch.float16, torch.float32)
+
+
+@needs_library
+@pytest.mark.parametrize("steps", [(), ("affine", "permute"), ("rows",)], ids="-".join)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_decoded_weights_are_those_of_the_reference_bit_for_bit(isa, steps, dtype):
+    for v, sizes in TABLES:
+        packed = pack(random_vptq(43, 106, 2, v=v, sizes=sizes, outliers=(5, 4, 16), steps=steps), torch.float16, "vptq")
+        assert torch.equal(cpu.weight(packed, dtype), reference.weight(packed, dtype)), packed.spec
+    packed = pack(random_gptq(43, 105, 2, bits=3), torch.bfloat16, "voroq")
+    assert torch.equal(cpu.weight(packed, dtype), reference.weight(packed, dtype))
+
+
+@needs_library
+def test_threads_do_not_change_a_bit():
+    packed = pack(random_vptq(1000, 157, 5, v=6, sizes=(256, 16), outliers=(5, 4, 16), steps=("affine", "permute")), torch.float16, "vptq")
+    for batch in BATCHES:
+        x, found, before = rows(batch, 157), [], torch.get_num_threads()
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            try:
+                found.append(matmul(x, packed))
+            finally:
+                torch.set_num_threads(before)
+        if batch <= cpu.FUSED:  # panels go through torch, which promises nothing
+            assert all(torch.equal(y, found[0]) for y in found)
+
+
+@needs_library
+def test_nothing_stored_is_changed_and_every_output_is_written(monkeypatch):
+    packed = pack(random_vptq(43, 106, 2, v=6, sizes=(64, 16), outliers=(5, 4, 16), steps=("affine", "permute")), torch.float16, "vptq")
+    before = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    for batch in BATCHES:
+        assert matmul(rows(batch, 106), packed).isfinite().all()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in packed.tensors.items())
+
+
+@needs_library
+def test_inputs_of_any_layout_and_shape():
+    packed = pack(random_vptq(43, 106, 2, v=6, sizes=(64,)), torch.float16, "vptq")
+    x = torch.randn(106, 3, 2).permute(2, 1, 0)
+    torch.testing.assert_close(matmul(x, packed), reference.matmul(x, packed), rtol=1e-4, atol=1e-4)
+    assert matmul(x[0, 0], packed).shape == (43,)
+    assert matmul(x[:0], packed).shape == (0, 3, 43)
+
+
+@needs_library
+def test_a_permutation_that_leads_out_of_the_matrix_is_not_followed():
+    packed = pack(random_vptq(43, 106, 2, steps=("permute",)), torch.float16, "vptq")
+    packed.tensors["perm"][3] = 106
+    with pytest.raises(native.Failed):
+        matmul(rows(1, 106), packed)
+
+
+@needs_library
+def test_what_the_library_lacks_is_left_to_the_reference():
+    rng = torch.Generator().manual_seed(0)
+    band, codes = random_band(0, 8, Tile(16, 1), random_pyramids(16, (3, 4), 0, rng), 32, rng, scale=True)
+    for q in (
+        Quantized((32, 8), random_transform(8, (), rng), (band,), (codes,)),
+        random_vptq(43, 106, 2, v=24, sizes=(16,)),
+    ):
+        packed = pack(q, torch.float16, "voroq")
+        assert pick(packed.spec, rows(1, q.shape[1])) == "reference"
+    packed = pack(random_vptq(43, 106, 2), torch.float16, "vptq")
+    assert pick(packed.spec, rows(1, 106).double()) == "reference"
+    assert pick(packed.spec, rows(1, 106).to("meta")) == "reference"
+
+
+def test_a_kernel_can_be_forced(monkeypatch):
+    packed = pack(random_vptq(43, 106, 2), torch.float16, "vptq")
+    monkeypatch.setenv("VOROQ_KERNEL", "reference")
+    assert pick(packed.spec, rows(1, 106)) == "reference"
+    assert torch.equal(matmul(rows(1, 106), packed), reference.matmul(rows(1, 106), packed))
+    monkeypatch.setenv("VOROQ_KERNEL", "cpu")
+    with pytest.raises(VoroqError, match=r"=cpu cannot multiply a vptq layout of 43 x 106 weights with inputs of torch.float64"):
+        pick(packed.spec, rows(1, 106).double())
+    monkeypatch.setenv("VOROQ_KERNEL", "gpu")
+    with pytest.raises(VoroqError, match=r"VOROQ_KERNEL='gpu' is unknown; choose one of cpu, reference"):
+        pick(packed.spec, rows(1, 106))
+
+
+def test_without_the_library_the_reference_multiplies(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert pick(pack(random_vptq(43, 106, 2), torch.float16, "vptq").spec, rows(1, 106)) == "reference"
+    assert list(KERNELS)[-1] == "reference"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_gradient_is_that_of_the_dense_product(kernel, monkeypatch):
+    packed = pack(random_vptq(43, 106, 2, steps=("affine", "permute")), torch.float32, "vptq")
+    if kernel == "cpu" and native.library() is None:
+        pytest.skip(native.problem())
+    monkeypatch.setenv("VOROQ_KERNEL", kernel)
+    x, above = rows(3, 106).requires_grad_(), torch.randn(3, 43)
+    (matmul(x, packed) * above).sum().backward()
+    torch.testing.assert_close(x.grad, above @ unpack(packed).dequantize(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_operator_is_one_step_of_a_graph():
+    packed = pack(random_vptq(43, 106, 2), torch.float32, "vptq")
+    tensors, key = [packed.tensors[s.name] for s in packed.spec.layout()], register(packed.spec)
+    x = rows(3, 106)
+    torch.library.opcheck(torch.ops.voroq.linear, (x.requires_grad_(), tensors, key))
+
+
+COMPILED = """
+import torch
+from voroq.layer import QuantLinear
+from voroq.packed.conftest import random_vptq
+from voroq.packed.format import pack
+
+layer = QuantLinear.holding(pack(random_vptq(43, 106, 2), torch.float32, "vptq"), torch.arange(43.0))
+graphs, x = [], torch.randn(3, 106)
+compiled = torch.compile(layer, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+assert torch.equal(compiled(x), layer(x))
+assert [n.target for n in graphs[0].graph.nodes if "voroq" in str(n.target)] == [torch.ops.voroq.linear]
+"""
+
+
+def test_a_layer_compiles_into_one_graph():
+    """In a process of its own, without the checks of shapes that the suite wraps around every function."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_specs_that_differ_have_keys_that_differ():
+    specs = [pack(random_vptq(43, 106, 2, v=v), torch.float32, "vptq").spec for v in (2, 4)]
+    assert len({register(spec) for spec in [*specs, replace(specs[0], perm=True)]}) == 3

@@ -1,0 +1,88 @@
+"""The library of CPU kernels (`csrc/cpu`), which installing builds where there is a C++ compiler. Everything works without it, slowly.
+
+It has a C interface and is loaded with ctypes: one binary serves every version of Python and of torch. The structures below are those
+of `csrc/cpu/voroq.h`.
+"""
+
+import ctypes
+from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ABI = 1
+"""Of the interface; a library built from other sources is not used."""
+PATH = Path(__file__).parent / "libvoroq_cpu.so"
+
+REALS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TABLE, GRID = 0, 1
+
+
+class Band(ctypes.Structure):
+    """Consecutive columns in one codebook."""
+
+    _fields_ = (
+        *[("words", c_void_p), ("pitch", c_int64), ("first", c_int64), ("along", c_int64), ("column", c_int64), ("down", c_int64)],
+        *[(name, c_void_p) for name in ("table", "residual", "scale", "zeros")],
+        *[(name, c_int32) for name in ("rows", "cols", "width", "bits", "residual_bits", "kind", "real")],
+    )
+
+
+class Product(ctypes.Structure):
+    """x @ w.T for a packed w."""
+
+    _fields_ = (
+        *[(name, c_int64) for name in ("out", "in_", "batch", "count")],
+        ("bands", ctypes.POINTER(Band)),
+        *[(name, c_void_p) for name in ("x", "y", "perm", "scale", "shift", "row_scale", "row_shift")],
+        *[(name, c_int32) for name in ("x_real", "real", "perm_bytes", "threads", "isa")],
+    )
+
+
+class Failed(RuntimeError):
+    """The library refused a call; a fault of ours, not of the user's."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None: `problem` says why."""
+    return _load()[0]
+
+
+def problem() -> str | None:
+    """Why there is no library, and how to get it; None if there is."""
+    return _load()[1]
+
+
+@cache
+def isas() -> tuple[str, ...]:
+    """Instruction sets that the library has and this machine understands, best first."""
+    found = library()
+    return tuple(found.voroq_isa(i).decode() for i in range(found.voroq_isa_count())) if found else ()
+
+
+def call(name: str, *arguments: object) -> None:
+    """One function of the library, which must exist and succeed."""
+    status = getattr(library(), name)(*arguments)
+    if status:
+        raise Failed(f"{name} of {PATH.name} failed with status {status}; please report it")
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    mend = "install a C++ compiler (g++ or clang++) and install voroq again from source"
+    if not PATH.exists():
+        return None, f"{PATH.name} was not built; {mend}"
+    try:
+        found = ctypes.CDLL(str(PATH))
+        version = int(found.voroq_abi())
+    except (OSError, AttributeError) as error:
+        return None, f"{PATH.name} cannot be loaded ({error}); {mend}"
+    if version != ABI:
+        return None, f"{PATH.name} has interface {version}, {ABI} is needed: it was built from other sources; {mend}"
+    found.voroq_isa.restype, found.voroq_isa.argtypes = c_char_p, (c_int32,)
+    found.voroq_product.argtypes = (ctypes.POINTER(Product),)
+    found.voroq_decode.argtypes = (ctypes.POINTER(Product), c_int64, c_int64, c_void_p, c_int32)
+    found.voroq_nearest.argtypes = (c_void_p, c_int64, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32)
+    return found, None

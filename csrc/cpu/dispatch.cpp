@@ -1,5 +1,6 @@
 // Chooses the instruction set, makes tables and inputs ready, and shares the rows of the matrix among threads. Every row is computed by
 // one thread from start to end, so the result does not depend on their number.
+#include "index.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -316,25 +317,12 @@ int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int
     return 0;
 }
 
-int32_t run_nearest(const float* v, int64_t n, const float* table, int64_t k, int dim, int64_t* best, int threads, int32_t wanted) {
+int32_t run_nearest(const Index& index, const float* v, int64_t n, int64_t* best, int threads, int32_t wanted) {
     const Isa* isa = choose(wanted);
     if (!isa) return 1;
-    scratch.reset();
-    const int64_t padded = (k + 15) / 16 * 16;
-    float* columns = scratch.take(padded * dim);
-    float* bias = scratch.take(padded);
-    for (int64_t j = 0; j < padded; ++j) {
-        float norm = 0;
-        for (int d = 0; d < dim; ++d) {
-            const float t = j < k ? table[j * dim + d] : 0.0f;
-            columns[d * padded + j] = t;
-            norm += t * t;
-        }
-        bias[j] = j < k ? -0.5f * norm : -std::numeric_limits<float>::infinity();
-    }
     const int64_t step = 64;
     parallel((n + step - 1) / step, threads, [&](int64_t i) {
-        isa->kernels->nearest(v + i * step * dim, std::min(step, n - i * step), columns, bias, padded, dim, best + i * step);
+        isa->kernels->nearest(index, v + i * step * index.dim, std::min(step, n - i * step), best + i * step);
     });
     return 0;
 }
@@ -361,6 +349,14 @@ int32_t voroq_product(const Product* product) {
 int32_t voroq_decode(const Product* product, int64_t first, int64_t last, void* out, int32_t real) {
     return voroq::guarded([&] { return voroq::run_decode(*product, first, last, out, real); });
 }
-int32_t voroq_nearest(const float* v, int64_t n, const float* table, int64_t k, int32_t dim, int64_t* best, int32_t threads, int32_t isa) {
-    return voroq::guarded([&] { return voroq::run_nearest(v, n, table, k, dim, best, threads, isa); });
+int32_t voroq_nearest(const void* index, const float* v, int64_t n, int64_t* best, int32_t threads, int32_t isa) {
+    return voroq::guarded([&] { return voroq::run_nearest(static_cast<const voroq::OwnedIndex*>(index)->index, v, n, best, threads, isa); });
 }
+void* voroq_index_new(const float* table, int64_t k, int32_t dim) {
+    try {
+        return k < 1 || k > 1 << 20 || dim < 1 ? nullptr : new voroq::OwnedIndex(table, k, dim);
+    } catch (...) {
+        return nullptr;
+    }
+}
+void voroq_index_free(void* index) { delete static_cast<voroq::OwnedIndex*>(index); }

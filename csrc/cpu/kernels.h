@@ -17,13 +17,27 @@ struct Ready {
     int half;                // Real of `table`
 };
 
+// A table of centroids as `nearest` searches it: leaves of 16 points. A small table is in its own order; a large one is sorted so that
+// the points of a leaf, and the 16 leaves of a group, lie together, and has a box around each.
+struct Index {
+    int dim;
+    int64_t leaves, groups_padded;
+    const float* points;     // [leaf][dim][16]
+    const float* bias;       // [leaf][16]: -|t|^2 / 2, -inf where there is no point
+    const int32_t* places;   // [leaf][16]: the point's place in the table; null for a small table
+    const float *leaf_low, *leaf_high;    // [group][dim][16]
+    const float *group_low, *group_high;  // [dim][groups_padded]
+    float largest;           // |t|^2, at most
+    float slack;             // relative error of a squared distance, at most
+};
+
 struct Kernels {
     // y[b * pitch + row] += the product with `bands`, for rows [first, last) of the matrix; batch is 1, 2, 4 or 8.
     void (*product)(const Ready* bands, int64_t count, int64_t out, int64_t in, int batch, int64_t first, int64_t last, float* y, int64_t pitch);
     // out[(row - first) * in + column] = stored weight
     void (*decode)(const Ready* bands, int64_t count, int64_t out, int64_t in, int64_t first, int64_t last, float* to);
     void (*widen)(const void* from, int real, int64_t count, float* to);
-    void (*nearest)(const float* v, int64_t n, const float* columns, const float* bias, int64_t k, int dim, int64_t* best);
+    void (*nearest)(const Index& index, const float* v, int64_t n, int64_t* best);
 };
 
 extern const Kernels portable;

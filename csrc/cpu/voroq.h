@@ -55,7 +55,10 @@ int32_t voroq_isa_count();
 int32_t voroq_product(const Product* product);
 // Rows [first, last) of w, as `real` [last - first, in]; `first` is where a tile of every band begins.
 int32_t voroq_decode(const Product* product, int64_t first, int64_t last, void* out, int32_t real);
-// best[i] = argmin_j |v_i - t_j|^2 of v [n, dim] and table [k, dim]; the first of equals. Every sum in the same order on every machine.
-int32_t voroq_nearest(const float* v, int64_t n, const float* table, int64_t k, int32_t dim, int64_t* best, int32_t threads, int32_t isa);
+// A table of centroids [k, dim], k at most 2**20, made ready for `voroq_nearest`; null where there is no memory. Free it once.
+void* voroq_index_new(const float* table, int64_t k, int32_t dim);
+void voroq_index_free(void* index);
+// best[i] = argmin_j |v_i - t_j|^2 for v [n, dim]; of equals, the first.
+int32_t voroq_nearest(const void* index, const float* v, int64_t n, int64_t* best, int32_t threads, int32_t isa);
 }
 #pragma GCC visibility pop

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from voroq.cli import chat, convert, demo, evaluate, inspection, methods, quantize, rotate
+from voroq.cli import chat, convert, demo, doctor, evaluate, inspection, methods, quantize, rotate
 from voroq.cli.console import error_line
 from voroq.errors import VoroqError
 
@@ -45,6 +45,7 @@ for name, function in {
     "generate": chat.generate,
     "chat": chat.chat,
     "methods": methods.methods,
+    "doctor": doctor.doctor,
     "demo": demo.demo,
 }.items():
     app.command(name, help=help_text(function))(function)

@@ -4,8 +4,9 @@ Seeding draws new centroids in batches with probability importance * distance^2 
 batches double, so that 65536 seeds cost one pass). Lloyd's iterations sum clusters in sorted order, never by atomic adds, so the
 same arguments give the same bits. An empty cluster moves to the point that costs most.
 
-For large tables each point is compared with the centroids around its *cell* only (`_search`): about an eighth of the work; the
-objective still never rises, because the centroid a point already has stays a candidate. Rounding itself always searches exactly.
+For large tables, where the exact search is slow (no library of kernels, or a GPU), each point is compared with the centroids around its
+*cell* only (`_search`): about an eighth of the work; the objective still never rises, because the centroid a point already has stays a
+candidate. Rounding itself always searches exactly.
 """
 
 import itertools
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from voroq.numerics.nearest import nearest
+from voroq.numerics.nearest import is_native, nearest
 from voroq.shapes import Vectors
 
 SEEDING_SAMPLE = 8
@@ -52,7 +53,8 @@ def _lloyd(points: Vectors, importance: Float[Tensor, "n"], centroids: Float[Ten
     codes = torch.zeros(points.shape[0], dtype=torch.long, device=points.device)
     last = float("inf")
     for step in range(steps):
-        codes = nearest(points, centroids) if centroids.shape[0] < CELLS_FROM else _search(points, centroids, codes if step else None)
+        exactly = centroids.shape[0] < CELLS_FROM or is_native(points)
+        codes = nearest(points, centroids) if exactly else _search(points, centroids, codes if step else None)
         cost = (points - centroids[codes]).square().sum(1) * importance
         total = float(cost.double().sum())
         centroids = _means(points, importance, codes, cost, centroids)

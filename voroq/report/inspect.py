@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from voroq.errors import VoroqError
+from voroq.kernels import pick
 from voroq.packed.base import Spec
 from voroq.packed.checkpoint import Folder, open_folder
 from voroq.packed.codebooks import GridForm, PyramidForm
@@ -23,7 +25,8 @@ REPORT = "voroq_report.json"
 
 @dataclass(frozen=True)
 class Site:
-    """One quantized linear: `shape` (out, in), `bytes` stored for it, its bias excepted, and the loss the report gives (None without)."""
+    """One quantized linear: `shape` (out, in), `bytes` stored for it, its bias excepted, the loss the report gives (None without), and the
+    kernel that multiplies it on this machine's CPU."""
 
     name: str
     shape: tuple[int, int]
@@ -32,6 +35,7 @@ class Site:
     bits_per_weight: float
     bytes: int
     loss: float | None
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,11 @@ def read_report(folder: str | Path) -> dict:
 
 def _site(folder: Folder, name: str, spec: Spec, loss: float | None) -> Site:
     stored = folder.stored_bytes(name, spec)
-    return Site(name, tuple(spec.shape), spec.method, settings(spec), 8 * stored / prod(spec.shape), stored, loss)
+    return Site(name, tuple(spec.shape), spec.method, settings(spec), 8 * stored / prod(spec.shape), stored, loss, _kernel(spec))
+
+
+def _kernel(spec: Spec) -> str:
+    return pick(spec, torch.empty(1, spec.shape[1]))
 
 
 def settings(spec: Spec) -> str:
@@ -150,11 +158,12 @@ def _run(run: Run) -> str:
 def inspection_view(found: Inspection) -> Group:
     """Sites, then totals, then what is kept as it was, by kind and largest first."""
     sites = Table("site")
-    for column, side in [("shape", "right"), ("layout", "left"), ("settings", "left"), ("bits/weight", "right"), ("loss", "right")]:
-        sites.add_column(column, justify=side)
+    for column in ("shape", "layout", "settings", "kernel", "bits/weight", "loss"):
+        sites.add_column(column, justify="right" if column in ("shape", "bits/weight", "loss") else "left")
     for site in found.sites:
         loss = "-" if site.loss is None else f"{site.loss:.4f}"
-        sites.add_row(Text(site.name), f"{site.shape[0]}x{site.shape[1]}", site.layout, site.settings, f"{site.bits_per_weight:.3f}", loss)
+        shape, bits = f"{site.shape[0]}x{site.shape[1]}", f"{site.bits_per_weight:.3f}"
+        sites.add_row(Text(site.name), shape, site.layout, site.settings, site.kernel, bits, loss)
     totals = Table(show_header=False, box=None)
     over = f" over {found.quantized_weights:,} weights of {len(found.sites)} linears" if found.sites else ""
     totals.add_row("quantization", "none" if found.quant_method is None else f"{found.method or '?'} (layout {found.quant_method})")

@@ -44,16 +44,16 @@ def build(sources: Path, target: Path) -> None:
     compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), None)
     if sys.platform == "win32" or compiler is None:
         raise RuntimeError("no C++ compiler was found; install g++ or clang++ and install again")
-    x86 = platform.machine() in X86
-    files = [path for path in sorted(sources.glob("*.cpp")) if x86 or path.stem.removeprefix("isa_") not in SETS]
+    own = {path: SETS.get(path.stem.removeprefix("isa_"), []) for path in sorted(sources.glob("*.cpp"))}
+    if platform.machine() not in X86:
+        own = {path: flags for path, flags in own.items() if not flags}
     with TemporaryDirectory() as folder:
-        objects = [Path(folder) / f"{path.stem}.o" for path in files]
-        flags = [FLAGS + SETS.get(path.stem.removeprefix("isa_"), []) for path in files]
-        commands = [[compiler, *own, "-c", path, "-o", into] for own, path, into in zip(flags, files, objects, strict=True)]
+        objects = {path: Path(folder) / f"{path.stem}.o" for path in own}
+        commands = [[compiler, *FLAGS, *own[path], "-c", path, "-o", into] for path, into in objects.items()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         built = Path(folder) / NAME
-        _run([compiler, "-shared", "-o", built, *objects, "-ldl", "-pthread"])
+        _run([compiler, "-shared", "-o", built, *objects.values(), "-ldl", "-pthread"])
         staged = target.with_suffix(".tmp")
         shutil.copy(built, staged)
         staged.replace(target)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from voroq.kernels import linear, register
+from voroq.kernels import described, key_of, linear
 from voroq.packed.base import Packed, Spec
 from voroq.packed.format import bits_per_weight, unpack
 
@@ -87,8 +87,8 @@ class QuantLinear(nn.Module):
         return f"{sides}, layout={self.spec.method}, bits_per_weight={bits_per_weight(self.packed()):.3f}"
 
     def _describe(self, spec: Spec) -> None:
-        self.spec, self._key = spec, register(spec)
-        self._names = tuple(stored.name for stored in spec.layout())
+        self.spec, self._key = spec, key_of(spec)
+        self._names = described(self._key)[1]
 
     def _put(self, name: str, tensor: Tensor) -> None:
         parameter = nn.Parameter(tensor, requires_grad=False)

@@ -51,11 +51,13 @@ def test_parameters_are_exactly_those_of_the_layout_and_load_from_a_state_dict(p
     assert "layout=" in repr(layer) and "bits_per_weight=" in repr(layer)
 
 
-def test_dequantize_gives_the_dense_twin(packed):
+def test_dequantize_gives_the_dense_twin(packed, monkeypatch):
     layer = QuantLinear.holding(packed, torch.arange(10.0))
     dense = layer.dequantize(torch.float32)
     assert type(dense) is torch.nn.Linear
     torch.testing.assert_close(dense(x()), layer(x()))
+    monkeypatch.setenv("VOROQ_KERNEL", "reference")
+    assert torch.equal(dense(x()), layer(x()))
     assert layer.dequantize().weight.dtype == torch.bfloat16
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 """Of the interface; a library built from other sources is not used."""
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 
@@ -27,7 +27,7 @@ class Band(ctypes.Structure):
     """Consecutive columns in one codebook."""
 
     _fields_ = (
-        *[("words", c_void_p), ("pitch", c_int64), ("first", c_int64), ("along", c_int64), ("column", c_int64), ("down", c_int64)],
+        *[("words", c_void_p), ("pitch", c_int64), ("first", c_int64), ("along", c_int64), ("column", c_int64)],
         *[(name, c_void_p) for name in ("table", "residual", "scale", "zeros")],
         *[(name, c_int32) for name in ("rows", "cols", "width", "bits", "residual_bits", "kind", "real")],
     )
@@ -74,7 +74,7 @@ def call(name: str, *arguments: object) -> None:
 
 
 class Index:
-    """A table of centroids [k dim] made ready for the search; 20 milliseconds for 65536 of them, hence worth keeping (`index_of`)."""
+    """A table of centroids [k dim] made ready for the search; large ones are sorted, hence worth keeping (`index_of`)."""
 
     def __init__(self, table: Float[Tensor, "k dim"]) -> None:
         self.dim, held = table.shape[1], table.detach().float().contiguous()

@@ -45,17 +45,7 @@ const Isa* choose(int32_t wanted) {
     return &list[std::max(wanted, 0)];
 }
 
-float from_half(uint16_t bits) {
-    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
-    float value;
-    if (exponent == 0) {
-        value = float(fraction) * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    const uint32_t word = sign | (exponent == 31 ? 0x7f800000u | fraction << 13 : (exponent + 112) << 23 | fraction << 13);
-    std::memcpy(&value, &word, 4);
-    return value;
-}
+#include "reals.inc"
 
 uint16_t to_half(float value) {  // to nearest, ties to even
     uint32_t bits;
@@ -79,16 +69,6 @@ uint16_t to_brain(float value) {
     std::memcpy(&bits, &value, 4);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
     return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
-float real_at(const void* from, int32_t real, int64_t i) {
-    if (real == F32) return static_cast<const float*>(from)[i];
-    const uint16_t bits = static_cast<const uint16_t*>(from)[i];
-    if (real == F16) return from_half(bits);
-    const uint32_t word = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
 }
 
 void put_real(void* to, int32_t real, int64_t i, float value) {
@@ -173,10 +153,25 @@ int64_t place(const Product& p, int64_t column) {
     return p.perm_bytes == 4 ? static_cast<const int32_t*>(p.perm)[column] : static_cast<const int64_t*>(p.perm)[column];
 }
 
-// A permutation that leads out of the matrix is refused on loading; here it only must not be followed.
-void check(const Product& p) {
+// Rows of the matrix that are whole tiles in every band.
+int64_t unit(const Product& p) {
+    int64_t rows = 1;
+    for (int64_t i = 0; i < p.count; ++i) rows = std::lcm(rows, int64_t(p.bands[i].rows));
+    return rows;
+}
+
+// All bands ready, after a look at what the product asks for. A permutation that leads out of the matrix is refused on loading; here it
+// only must not be followed.
+std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Product& p, bool widen) {
     for (int64_t c = 0; p.perm && c < p.in; ++c)
         if (uint64_t(place(p, c)) >= uint64_t(p.in)) throw std::out_of_range("permutation");
+    scratch.reset();
+    std::vector<Ready> bands;
+    for (int64_t i = 0; i < p.count; ++i) {
+        if (!can(p.bands[i])) throw std::invalid_argument("band");
+        bands.push_back(ready(scratch, kernels, p.bands[i], widen));
+    }
+    return bands;
 }
 
 // B rows of x, as the kernels read them: stored column order, scaled. Rows past the batch are zero.
@@ -236,10 +231,8 @@ void point(Scratch& scratch, const Product& p, Inputs& in, Ready& r, int B) {
 
 // Rows handled at once: whole tiles of every band, a few pieces for each thread.
 int64_t piece(const Product& p) {
-    int64_t unit = 1;
-    for (int64_t i = 0; i < p.count; ++i) unit = std::lcm(unit, int64_t(p.bands[i].rows));
-    const int64_t wanted = std::clamp<int64_t>(p.out / (8 * std::max(p.threads, 1)), 64, 1024);
-    return (wanted + unit - 1) / unit * unit;
+    const int64_t wanted = std::clamp<int64_t>(p.out / (8 * std::max(p.threads, 1)), 64, 1024), tiles = unit(p);
+    return (wanted + tiles - 1) / tiles * tiles;
 }
 
 void write(const Product& p, const Inputs& in, int64_t batch, int64_t rows, int64_t first, int64_t last, const float* y, int64_t pitch) {
@@ -257,12 +250,7 @@ int32_t run(const Product& p) {
     const Isa* isa = choose(p.isa);
     if (!isa) return 1;
     const Kernels& kernels = *isa->kernels;
-    for (int64_t i = 0; i < p.count; ++i)
-        if (!can(p.bands[i])) return 1;
-    check(p);
-    scratch.reset();
-    std::vector<Ready> bands;
-    for (int64_t i = 0; i < p.count; ++i) bands.push_back(ready(scratch, kernels, p.bands[i], false));
+    std::vector<Ready> bands = prepare(scratch, kernels, p, false);
     const int64_t step = piece(p), pieces = (p.out + step - 1) / step;
     for (int64_t done = 0; done < p.batch; done += MOST) {
         const int64_t rows = std::min<int64_t>(MOST, p.batch - done);
@@ -282,21 +270,13 @@ int32_t run(const Product& p) {
 
 int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int32_t real) {
     const Isa* isa = choose(p.isa);
-    if (!isa || first < 0 || last > p.out) return 1;
+    const int64_t tiles = unit(p);
+    if (!isa || first < 0 || last > p.out || first % tiles) return 1;
     const Kernels& kernels = *isa->kernels;
-    int64_t unit = 1;
-    for (int64_t i = 0; i < p.count; ++i) {
-        if (!can(p.bands[i])) return 1;
-        unit = std::lcm(unit, int64_t(p.bands[i].rows));
-    }
-    if (first % unit) return 1;
-    scratch.reset();
-    std::vector<Ready> bands;
-    for (int64_t i = 0; i < p.count; ++i) bands.push_back(ready(scratch, kernels, p.bands[i], true));
+    const std::vector<Ready> bands = prepare(scratch, kernels, p, true);
     const float* scale = floats(scratch, kernels, p.scale, p.real, p.in);
     const float* shift = floats(scratch, kernels, p.shift, p.real, p.in);
-    check(p);
-    const int64_t step = (16 + unit - 1) / unit * unit;
+    const int64_t step = (16 + tiles - 1) / tiles * tiles;
     parallel((last - first + step - 1) / step, p.threads, [&](int64_t i) {
         const int64_t from = first + i * step, to = std::min(from + step, last);
         thread_local std::vector<float> rows;
@@ -327,7 +307,7 @@ int32_t run_nearest(const Index& index, const float* v, int64_t n, int64_t* best
     return 0;
 }
 
-// No exception may cross the C interface: there may be no memory, or a permutation is none.
+// No exception may cross the C interface: there may be no memory, or the product is none that this library has.
 template <class Work>
 int32_t guarded(const Work& work) {
     try {

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#define VOROQ_ABI 1
+#define VOROQ_ABI 2
 
 enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
 enum Kind : int32_t { TABLE = 0, GRID = 1 };
@@ -15,7 +15,6 @@ struct Band {
     int64_t first;           // place of the band's first code in its row
     int64_t along;           // codes per row of tiles
     int64_t column;          // first column, in stored order
-    int64_t down;            // rows of tiles
     const void* table;       // [2**bits, rows * cols]
     const void* residual;    // [2**residual_bits, rows * cols] or null
     const void* scale;       // per row of tiles, or null
@@ -51,7 +50,7 @@ int32_t voroq_abi();
 // Name of the best instruction set found here, and how many this library was built with.
 const char* voroq_isa(int32_t index);
 int32_t voroq_isa_count();
-// 0, or 1 where the product asks for what this library does not have.
+// 0, or not where the product asks for what this library does not have.
 int32_t voroq_product(const Product* product);
 // Rows [first, last) of w, as `real` [last - first, in]; `first` is where a tile of every band begins.
 int32_t voroq_decode(const Product* product, int64_t first, int64_t last, void* out, int32_t real);

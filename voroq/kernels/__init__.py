@@ -6,6 +6,7 @@ Where gradients or graphs are recorded it is the operator `voroq::linear`, which
 
 import json
 import os
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -15,28 +16,34 @@ from torch import Tensor
 from voroq.errors import VoroqError
 from voroq.kernels import cpu, reference
 from voroq.packed.base import Packed, Spec
+from voroq.packed.format import spec_from_json
 
 KERNELS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 """Fastest first; `reference` is last and supports everything."""
 VARIABLE = "VOROQ_KERNEL"
 
-_SPECS: dict[str, Spec] = {}
+
+def key_of(spec: Spec) -> str:
+    """`spec` as operators take it and graphs keep it, a string: its layout and its entry in config.json."""
+    return json.dumps([spec.method, spec.to_json()])
 
 
-def register(spec: Spec) -> str:
-    """A key for `spec`, under which `linear` finds it: operators take strings, not objects."""
-    key = f"{type(spec).__name__} {json.dumps(spec.to_json())}"
-    _SPECS.setdefault(key, spec)
-    return key
+@lru_cache(maxsize=4096)
+def described(key: str) -> tuple[Spec, tuple[str, ...]]:
+    """The spec of a key, and the names of its tensors."""
+    layout, entry = json.loads(key)
+    spec = spec_from_json(layout, entry, "voroq::linear")
+    return spec, tuple(stored.name for stored in spec.layout())
 
 
 def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*batch out"]:
     """`x @ w.T` for the linear w [out in] stored as `packed`, in the type of `x`."""
-    return linear(x, [packed.tensors[stored.name] for stored in packed.spec.layout()], register(packed.spec))
+    key = key_of(packed.spec)
+    return linear(x, [packed.tensors[name] for name in described(key)[1]], key)
 
 
 def linear(x: Float[Tensor, "*batch in"], tensors: list[Tensor], key: str) -> Float[Tensor, "*batch out"]:
-    """`matmul` for a spec that was registered; `tensors` are in the order of its layout."""
+    """`matmul` for the spec of a key; `tensors` are in the order of its layout."""
     if torch.compiler.is_compiling() or x.requires_grad or type(x) is not Tensor:
         return torch.ops.voroq.linear(x, tensors, key)
     return _forward(x, tensors, key)
@@ -61,8 +68,8 @@ def _forward(x: Tensor, tensors: list[Tensor], key: str) -> Tensor:
 
 
 def _packed(tensors: list[Tensor], key: str) -> Packed:
-    spec = _SPECS[key]
-    return Packed(spec, {stored.name: tensor for stored, tensor in zip(spec.layout(), tensors, strict=True)})
+    spec, names = described(key)
+    return Packed(spec, dict(zip(names, tensors, strict=True)))
 
 
 @torch.library.custom_op("voroq::linear", mutates_args=())
@@ -72,7 +79,7 @@ def _linear(x: Tensor, tensors: list[Tensor], key: str) -> Tensor:
 
 @_linear.register_fake
 def _(x: Tensor, tensors: list[Tensor], key: str) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _SPECS[key].shape[0]))
+    return x.new_empty((*x.shape[:-1], described(key)[0].shape[0]))
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -96,4 +103,4 @@ def _transposed(y: Tensor, tensors: list[Tensor], key: str) -> Tensor:
 
 @_transposed.register_fake
 def _(y: Tensor, tensors: list[Tensor], key: str) -> Tensor:
-    return y.new_empty((*y.shape[:-1], _SPECS[key].shape[1]))
+    return y.new_empty((*y.shape[:-1], described(key)[0].shape[1]))

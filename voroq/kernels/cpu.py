@@ -8,7 +8,6 @@ matrix; all sums in float32. The result does not depend on the number of threads
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count
 from math import lcm, prod
 
 import torch
@@ -54,7 +53,8 @@ def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*bat
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     spec = packed.spec
     if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"}:
-        inside = Packed(replace(spec, steps=()), packed.tensors)
+        codes = replace(spec, steps=())
+        inside = Packed(codes, {stored.name: packed.tensors[stored.name] for stored in codes.layout()})
         y = spec.transform(packed.tensors).linear(flat.float(), lambda inner: _multiply(inner.contiguous(), inside)).to(x.dtype)
     else:
         y = _multiply(flat, packed)
@@ -64,25 +64,23 @@ def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*bat
 def weight(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """The stored weight, in the basis of its codes where that is rotated; bit for bit what `dequantize` gives where it is not."""
     w = torch.empty(packed.spec.shape, dtype=dtype)
-    with _Call(packed) as call:
-        call.decode(0, w)
+    _Call(packed).decode(0, w)
     return w
 
 
 def _multiply(x: Float[Tensor, "n in"], packed: Packed) -> Float[Tensor, "n out"]:
     out, columns = packed.spec.shape
-    y = torch.empty(x.shape[0], out, dtype=x.dtype)
-    with _Call(packed) as call:
-        if x.shape[0] <= FUSED:
-            call.multiply(x, y)
-            return y
-        wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # no machine of this kind multiplies float16 fast
-        rows = max(1, PANEL // columns // call.unit) * call.unit
-        panel, x = torch.empty(min(rows, out), columns, dtype=wide), x.to(wide)
-        for first in range(0, out, rows):
-            part = panel[: min(rows, out - first)]
-            call.decode(first, part)
-            y[:, first : first + part.shape[0]] = x @ part.T
+    y, call = torch.empty(x.shape[0], out, dtype=x.dtype), _Call(packed)
+    if x.shape[0] <= FUSED:
+        call.multiply(x, y)
+        return y
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # no machine of this kind multiplies float16 fast
+    rows = max(1, PANEL // columns // call.plan.unit) * call.plan.unit
+    panel, x = torch.empty(min(rows, out), columns, dtype=wide), x.to(wide)
+    for first in range(0, out, rows):
+        part = panel[: min(rows, out - first)]
+        call.decode(first, part)
+        y[:, first : first + part.shape[0]] = x @ part.T
     return y
 
 
@@ -90,20 +88,12 @@ class _Call:
     """The tensors of `packed` held contiguous, and what the library is told about them."""
 
     def __init__(self, packed: Packed) -> None:
-        spec = packed.spec
-        self.held = {stored.name: packed.tensors[stored.name].detach().contiguous() for stored in spec.layout()}
+        self.held = {name: tensor.detach().contiguous() for name, tensor in packed.tensors.items()}
         odd = self.held.get("outlier_indices")
         if odd is not None and odd.dtype == torch.int16 and odd.shape[-1] % 2:  # rows must be whole words
             self.held["outlier_indices"] = torch.nn.functional.pad(odd, (0, 1))
         facts = tuple((name, tensor.data_ptr(), tensor.dtype) for name, tensor in self.held.items())
-        self.spec, self.plan = spec, _plan(spec, facts)
-        self.unit = self.plan.unit
-
-    def __enter__(self) -> "_Call":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.held.clear()
+        self.shape, self.plan = packed.spec.shape, _plan(packed.spec, facts)
 
     def multiply(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
         native.call("voroq_product", self._product(x, y))
@@ -112,7 +102,7 @@ class _Call:
         native.call("voroq_decode", self._product(), first, first + into.shape[0], into.data_ptr(), REALS[into.dtype])
 
     def _product(self, x: Tensor | None = None, y: Tensor | None = None) -> Product:
-        plan, (out, columns) = self.plan, self.spec.shape
+        plan, (out, columns) = self.plan, self.shape
         perm, width, scale, shift = plan.columns
         given = (x.shape[0], x.data_ptr(), y.data_ptr(), REALS[x.dtype]) if x is not None else (0, None, None, 0)
         return Product(
@@ -151,56 +141,47 @@ def _plan(spec: Spec, facts: tuple[tuple[str, int, torch.dtype], ...]) -> Plan:
 
 
 def _vptq_bands(spec: VptqSpec, at: Pointers, dtypes: dict[str, torch.dtype], real: torch.dtype) -> Iterator[Band]:
-    out, size = spec.shape[0], 0
+    size = 0
     if spec.outliers is not None:
         o, wide = spec.outliers, dtypes["outlier_indices"].itemsize * 8
-        size, down = o.columns, -(-out // o.vector)
-        bits = o.k.bit_length() - 1
+        size, bits = o.columns, o.k.bit_length() - 1
         pitch = -(-o.columns * wide // 32)
         yield Band(
-            *(at["outlier_indices"], pitch, 0, o.columns, 0, down, at["outlier_centroids.weight"], None, None, None),
+            *(at["outlier_indices"], pitch, 0, o.columns, 0, at["outlier_centroids.weight"], None, None, None),
             *(o.vector, 1, wide, bits, 0, native.TABLE, REALS[real]),
         )
-    codes, table, *residual = (stored for stored in _main_tensors(spec))
-    down, words = codes.shape[1:]
+    shapes = {stored.name: stored.shape for stored in spec.layout()}
+    down, words = shapes["indices"][1:]
     bits, residual_bits = (*spec.widths, 0)[:2]
     for t in range(spec.groups):
-        tables = [at[s.name] + t * s.shape[1] * real.itemsize for s in (table, *residual)]
+        main, second = (at[n] + t * shapes[n][1] * real.itemsize if n in at else None for n in ("centroids.weight", "res_centroids.weight"))
         yield Band(
-            *(at["indices"] + t * down * words * 4, words, 0, spec.group_size, size + t * spec.group_size, down),
-            *(tables[0], tables[1] if residual else None, None, None),
+            *(at["indices"] + t * down * words * 4, words, 0, spec.group_size, size + t * spec.group_size),
+            *(main, second, None, None),
             *(spec.vector, 1, sum(spec.widths), bits, residual_bits, native.TABLE, REALS[real]),
         )
 
 
-def _main_tensors(spec: VptqSpec) -> list:
-    named = {stored.name: stored for stored in spec.layout()}
-    return [named[name] for name in ("indices", "centroids.weight", "res_centroids.weight") if name in named]
-
-
 def _native_bands(spec: NativeSpec, at: Pointers, dtypes: dict[str, torch.dtype], real: torch.dtype) -> Iterator[Band]:
-    start = 0
-    for place, run in zip(count(), spec.runs, strict=False):
-        yield from _run_bands(run, spec.shape[0], start, {name.removesuffix(s): at[name] for name, s in _of_run(run, spec, place)}, real)
+    out, start = spec.shape[0], 0
+    for place, run in enumerate(spec.runs):
+        mark = suffix(place)
+        yield from _run_bands(run, out, start, {stored.name: at[stored.name + mark] for stored in run.layout(out, "")}, real)
         start += run.count * run.columns
-
-
-def _of_run(run: Run, spec: NativeSpec, place: int) -> list[tuple[str, str]]:
-    return [(stored.name, suffix(place)) for stored in run.layout(spec.shape[0], suffix(place))]
 
 
 def _run_bands(run: Run, out: int, start: int, at: Pointers, real: torch.dtype) -> Iterator[Band]:
     shapes = {stored.name: stored.shape for stored in run.layout(out, "")}
-    down, pitch = shapes["weight_codes"]
+    pitch = shapes["weight_codes"][1]
     along = run.columns // run.tile.cols
     widths = (*run.form.widths, 0)[:2]
+    sizes = {name: prod(shape[1:]) * (4 if name == "weight_zeros" else real.itemsize) for name, shape in shapes.items()}
     for i in range(run.count):
-        sizes = {name: prod(shape[1:]) * (4 if name == "weight_zeros" else real.itemsize) for name, shape in shapes.items()}
         own = {name: at[name] + i * sizes[name] for name in shapes if name != "weight_codes"}
         table = own.get("weight_tables")
         second = table + (1 << widths[0]) * run.tile.size * real.itemsize if isinstance(run.form, ResidualForm) else None
         yield Band(
-            *(at["weight_codes"], pitch, i * along, along, start + i * run.columns, down),
+            *(at["weight_codes"], pitch, i * along, along, start + i * run.columns),
             *(table, second, own.get("weight_scales"), own.get("weight_zeros")),
             *(run.tile.rows, run.tile.cols, run.width, widths[0], widths[1] if second else 0),
             *(native.GRID if isinstance(run.form, GridForm) else native.TABLE, REALS[real]),
@@ -221,4 +202,3 @@ def _known_run(run: Run) -> bool:
         return run.tile.size == 1
     tables = isinstance(run.form, TableForm) or (isinstance(run.form, ResidualForm) and len(run.form.sizes) == 2)
     return tables and 1 in (run.tile.rows, run.tile.cols) and run.tile.size <= LONGEST and run.width <= 32
-

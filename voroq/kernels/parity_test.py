@@ -11,9 +11,11 @@ import torch
 from voroq import native
 from voroq.codebook.grid import Grid
 from voroq.errors import VoroqError
-from voroq.kernels import KERNELS, cpu, matmul, pick, reference, register
+from voroq.kernels import KERNELS, cpu, described, key_of, matmul, pick, reference
+from voroq.layer import QuantLinear
 from voroq.packed.conftest import random_band, random_gptq, random_pyramids, random_table, random_transform, random_vptq
 from voroq.packed.format import pack, unpack
+from voroq.packed.legacy import OldSpec
 from voroq.quantized import Quantized, Tile
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"{native.problem()}")
@@ -35,7 +37,7 @@ def rows(batch: int, columns: int) -> torch.Tensor:
     return torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
 
 
-def agrees(q: Quantized, layout: str, real: torch.dtype, wanted: torch.dtype) -> None:
+def assert_agrees(q: Quantized, layout: str, real: torch.dtype, wanted: torch.dtype) -> None:
     packed = pack(q, real, layout)
     w = unpack(packed).dequantize().double()
     for batch in BATCHES:
@@ -60,7 +62,7 @@ def ragged(groups: int, outliers: int) -> int:
 def test_tables_down_the_output(isa, v, sizes, groups, outliers, steps):
     q = random_vptq(43, ragged(groups, outliers[0]), 7, v=v, sizes=sizes, groups=groups, outliers=outliers, steps=steps)
     real, wanted = TYPES[(v + groups + outliers[0]) % 3]
-    agrees(q, "vptq", real, wanted)
+    assert_agrees(q, "vptq", real, wanted)
 
 
 @needs_library
@@ -71,7 +73,7 @@ def test_tables_along_the_input(isa, v, sizes, scale):
     edges = [0, 21 * v, 150 * v]
     bands = [random_band(a, b, Tile(1, v), random_table(sizes, v, rng), 37, rng, scale=scale) for a, b in pairwise(edges)]
     q = Quantized((37, edges[-1]), random_transform(edges[-1], ("permute",), rng), tuple(b for b, _ in bands), tuple(c for _, c in bands))
-    agrees(q, "voroq", *TYPES[v % 3])
+    assert_agrees(q, "voroq", *TYPES[v % 3])
 
 
 @needs_library
@@ -83,12 +85,12 @@ def test_grids(isa, bits, steps, zero):
     edges = [0, 100, 200, 300, 380, 384]
     bands = [random_band(a, b, Tile(1, 1), Grid(bits), 41, rng, scale=True, zero=zero) for a, b in pairwise(edges)]
     q = Quantized((41, 384), random_transform(384, steps, rng, 41), tuple(b for b, _ in bands), tuple(c for _, c in bands))
-    agrees(q, "voroq", torch.float32, torch.float32)
+    assert_agrees(q, "voroq", torch.float32, torch.float32)
 
 
 @needs_library
 def test_more_bands_than_are_held_at_once(isa):
-    agrees(random_gptq(19, 8 * 70 + 3, 1), "voroq", torch.float16, torch.float32)
+    assert_agrees(random_gptq(19, 8 * 70 + 3, 1), "voroq", torch.float16, torch.float32)
 
 
 @needs_library
@@ -192,13 +194,14 @@ def test_the_gradient_is_that_of_the_dense_product(kernel, monkeypatch):
 
 def test_the_operator_is_one_step_of_a_graph():
     packed = pack(random_vptq(43, 106, 2), torch.float32, "vptq")
-    tensors, key = [packed.tensors[s.name] for s in packed.spec.layout()], register(packed.spec)
-    x = rows(3, 106)
-    torch.library.opcheck(torch.ops.voroq.linear, (x.requires_grad_(), tensors, key))
+    tensors = [packed.tensors[s.name] for s in packed.spec.layout()]
+    checks = torch.library.opcheck(torch.ops.voroq.linear, (rows(3, 106).requires_grad_(), tensors, key_of(packed.spec)))
+    assert set(checks.values()) == {"SUCCESS"}
 
 
 COMPILED = """
 import torch
+from voroq.layer import QuantLinear
 from voroq.layer import QuantLinear
 from voroq.packed.conftest import random_vptq
 from voroq.packed.format import pack
@@ -217,6 +220,24 @@ def test_a_layer_compiles_into_one_graph():
     assert done.returncode == 0, done.stderr
 
 
-def test_specs_that_differ_have_keys_that_differ():
-    specs = [pack(random_vptq(43, 106, 2, v=v), torch.float32, "vptq").spec for v in (2, 4)]
-    assert len({register(spec) for spec in [*specs, replace(specs[0], perm=True)]}) == 3
+def test_a_key_is_the_spec():
+    linears = [random_vptq(43, 106, 2, v=v, outliers=(6, 3, 8), steps=steps) for v in (2, 4) for steps in ((), ("rows",))]
+    specs = [pack(q, torch.float32, "vptq").spec for q in linears]
+    specs += [replace(specs[0], perm=True), pack(random_gptq(43, 105, 2), torch.float32, "voroq").spec]
+    specs += [OldSpec(specs[0], unpacked, floats) for unpacked, floats in ((True, False), (True, True), (False, True))]
+    assert [described(key_of(spec))[0] for spec in specs] == specs
+    assert len({key_of(spec) for spec in specs}) == len(specs)
+
+
+LOADED = """
+import sys, torch
+layer, x, y = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(layer(x), y)
+"""
+
+
+def test_a_layer_that_was_saved_whole_works_in_another_process(tmp_path):
+    layer, x = QuantLinear.holding(pack(random_vptq(43, 106, 2), torch.float32, "vptq")), rows(1, 106)
+    torch.save((layer, x, layer(x)), tmp_path / "layer.pt")
+    done = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path / "layer.pt")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -4,8 +4,7 @@ argmin_c |v - c|^2 = argmax_c (v.c - |c|^2 / 2), one matrix product with the nor
 the argmax is taken in two steps, over blocks and inside the winning block, because a blockwise maximum vectorises and an
 argmax does not: 2-3 times faster on a CPU than `torch.cdist` or a plain argmin.
 
-On a CPU with the library of kernels, float32 goes there: 6 to 20 times faster again for tables of up to 8 dimensions, with the same
-scores but for the order in which they are summed.
+On a CPU with the library of kernels, float32 goes there, with the same scores but for the order in which they are summed.
 """
 
 import torch

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 """Of the interface; a library built from other sources is not used."""
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 
@@ -42,6 +42,12 @@ class Product(ctypes.Structure):
         *[(name, c_void_p) for name in ("x", "y", "perm", "scale", "shift", "row_scale", "row_shift")],
         *[(name, c_int32) for name in ("x_real", "real", "perm_bytes", "threads", "isa")],
     )
+
+
+class Tables(ctypes.Structure):
+    """The words of a tile: a table, and perhaps a second one."""
+
+    _fields_ = (("main", c_void_p), ("rest", c_void_p), ("k", c_int64), ("k_rest", c_int64), ("v", c_int32), ("beam", c_int32))
 
 
 class Failed(RuntimeError):
@@ -127,4 +133,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.voroq_index_new.restype, found.voroq_index_new.argtypes = c_void_p, (c_void_p, c_int64, c_int32)
     found.voroq_index_free.restype, found.voroq_index_free.argtypes = None, (c_void_p,)
     found.voroq_nearest.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32)
+    found.voroq_feedback_tile.argtypes = (ctypes.POINTER(Tables), c_void_p, c_void_p, c_int64, *[c_void_p] * 3)
+    found.voroq_descend_tile.argtypes = (ctypes.POINTER(Tables), *[c_void_p] * 3, c_int64, *[c_void_p] * 3, ctypes.POINTER(c_int64))
     return found, None

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#define VOROQ_ABI 2
+#define VOROQ_ABI 3
 
 enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
 enum Kind : int32_t { TABLE = 0, GRID = 1 };
@@ -44,6 +44,15 @@ struct Product {
     int32_t isa;             // -1: the best
 };
 
+// The words of a tile of v weights: entries of a table, or sums of its entries and those of a second one (null if there is none), of which
+// the `beam` best of the first are each completed.
+struct VoroqTables {
+    const float* main;       // [k, v]
+    const float* rest;       // [k_rest, v] or null
+    int64_t k, k_rest;
+    int32_t v, beam;
+};
+
 #pragma GCC visibility push(default)
 extern "C" {
 int32_t voroq_abi();
@@ -59,5 +68,14 @@ void* voroq_index_new(const float* table, int64_t k, int32_t dim);
 void voroq_index_free(void* index);
 // best[i] = argmin_j |v_i - t_j|^2 for v [n, dim]; of equals, the first.
 int32_t voroq_nearest(const void* index, const float* v, int64_t n, int64_t* best, int32_t threads, int32_t isa);
+// Error feedback along one row of tiles, in the metric [v, v]: `rest` [v, columns] holds the targets before and, each as it was when its
+// turn came, after; u [columns, columns] upper; codes [columns, streams]; errors [v, columns] divided by u's diagonal.
+int32_t voroq_feedback_tile(
+    const VoroqTables* tables, const float* metric, const float* u, int64_t columns, float* rest, int64_t* codes, float* errors);
+// One sweep of coordinate descent along one row of tiles: pull = metric-weighted gradient [v, columns], error [v, columns] and codes move;
+// `inverse` of the metric; h [columns, columns]. The moves are added to *moves.
+int32_t voroq_descend_tile(
+    const VoroqTables* tables, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error,
+    int64_t* codes, int64_t* moves);
 }
 #pragma GCC visibility pop

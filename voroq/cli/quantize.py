@@ -17,6 +17,12 @@ class Mode(StrEnum):
     sequential = "sequential"
 
 
+class Hessian(StrEnum):
+    auto = "auto"
+    input = "input"
+    two_sided = "two-sided"
+
+
 class EffortName(StrEnum):
     fast = "fast"
     balanced = "balanced"
@@ -42,6 +48,13 @@ CalibrationSource = Annotated[
         metavar="TEXT",
         help="A .txt, .jsonl or .json file, calibration-mixed (bundled, the default), calibration-c4, or dataset:NAME[:CONFIG[:SPLIT]].",
         show_default=False,
+    ),
+]
+HessianKind = Annotated[
+    Hessian,
+    typer.Option(
+        help="What errors are weighed by. input: the second moments of each linear's inputs. two-sided: of the gradients at its outputs "
+        "too, by one backward pass, block by block. auto: two-sided where the method uses it (vptq)."
     ),
 ]
 
@@ -74,6 +87,7 @@ def quantize(
     mode: Annotated[
         Mode, typer.Option(help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential).")
     ] = Mode.parallel,
+    hessian: HessianKind = Hessian.auto,
     effort: Annotated[
         EffortName,
         typer.Option(
@@ -129,6 +143,7 @@ def quantize(
             samples=samples,
             context=context,
             mode=mode.value,
+            hessian=hessian.value,
             device=device,
             seed=seed,
             resume=resume,

@@ -7,5 +7,7 @@ from voroq.methods.rtn import RTN
 from voroq.methods.vptq import VPTQ
 
 METHODS: dict[str, type] = {"vptq": VPTQ, "pvq": PVQ, "gptq": GPTQ, "rtn": RTN}
+ONE_SIDED = (GPTQ, PVQ, RTN)
+"""Methods that do not look at the gradients at a linear's outputs."""
 
-__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method"]
+__all__ = ["GPTQ", "METHODS", "ONE_SIDED", "PVQ", "RTN", "VPTQ", "Method"]

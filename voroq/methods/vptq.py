@@ -3,7 +3,8 @@
     1. optional column scale and shift; the Hessian follows them (the reference's does not, and pays for it)
     2. columns by falling diag(H); in front of them, a few percent with a finer table of their own, chosen by what they cost
     3. tables by k-means weighted with diag(H), per group of columns; a second, residual table on what is left
-    4. sweep: column by column, nearest centroids (main and residual searched together), error fed forward
+    4. sweep: column by column, nearest centroids (main and residual searched together), error fed forward; where the moments know
+       the gradients at the outputs, also row by row, in the metric of both sides (`rounding/kronecker.py`)
     5. rounds: refit all tables to the proxy loss by least squares, sweep again (by feedback, then by coordinate descent), keep what
        lowers the loss
     6. absorb the permutation into the order of the codes where the format can say so (one group, no outliers)
@@ -15,7 +16,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from voroq.codebook.base import Codebook
@@ -29,8 +30,8 @@ from voroq.numerics.kmeans import kmeans
 from voroq.numerics.linalg import damped, inverse_factor
 from voroq.packed.vptq_format import LEAST_ROW
 from voroq.quantized import Band, Quantized, Tile
-from voroq.rounding.descent import descend
-from voroq.rounding.feedback import Rounded, feedback
+from voroq.rounding.feedback import Rounded
+from voroq.rounding.metric import Metric
 from voroq.shapes import Matrix, Square
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
@@ -89,27 +90,33 @@ class VPTQ:
         affine = (column_statistics(w),) if self.normalize == "std" else ()
         order = (Permute(column_order(w, h, self.columns(w.shape[1])[0])),) if self.permute else ()
         transform = Chain((*affine, *order))
-        w_stored, h_stored = transform.weight(w), transform.hessian(h)
-        done = self._sweeps(w_stored, h_stored, rng)
+        outputs = None
+        if moments.outputs is not None:
+            outputs, more = damped(moments.outputs / moments.outputs.diagonal().mean().clamp_min(1e-30), self.damping)
+            notes += tuple(f"outputs: {note}" for note in more)
+        done = self._sweeps(transform.weight(w), Metric(transform.hessian(h), outputs), rng)
         out = Quantized((w.shape[0], w.shape[1]), transform, done.bands, done.codes, notes)
         return absorb(out) if self.permute else out
 
-    def _sweeps(self, w: Matrix, h: Square, rng: torch.Generator) -> Rounded:
-        bands = self._fit(w, h, rng)
-        best = feedback(w, h, bands)
+    def _sweeps(self, w: Matrix, metric: Metric, rng: torch.Generator) -> Rounded:
+        best = metric.feedback(w, self._fit(w, metric, rng))
         if self.residual_bits:
-            best = feedback(w, h, self._with_residuals(best, h, rng))
+            best = metric.feedback(w, self._with_residuals(best, metric, rng))
         if not self.rounds:
             return best
-        bands = refit(w, h, best.bands, best.codes)
+        bands = self._refit(w, metric, best)
         for done in range(self.rounds):
-            tried = best if done and self.sweeps else feedback(w, h, bands)  # what descent has reached feedback does not find again
+            tried = best if done and self.sweeps else metric.feedback(w, bands)  # what descent has reached feedback does not find again
             if self.sweeps:
-                tried = descend(w, h, bands, tried.codes, sweeps=self.sweeps)
+                tried = metric.descend(w, bands, tried.codes, sweeps=self.sweeps)
             if tried.loss.sum() >= best.loss.sum():
                 break
-            best, bands = tried, refit(w, h, tried.bands, tried.codes)
+            best, bands = tried, self._refit(w, metric, tried)
         return Rounded(bands, best.codes, best.loss, best.targets)
+
+    @staticmethod
+    def _refit(w: Matrix, metric: Metric, done: Rounded) -> tuple[Band, ...]:
+        return refit(w, metric.h, done.bands, done.codes, g=metric.g)
 
     def stored_bits(self, shape: tuple[int, int], float_bits: int = 16) -> int:
         """Bits the official format stores for a matrix of `shape` (out, in): codes, tables, scale and shift, permutation."""
@@ -141,40 +148,35 @@ class VPTQ:
             )
         return outliers, [outliers + each * g for g in range(self.groups + 1)]
 
-    def _fit(self, w: Matrix, h: Square, rng: torch.Generator) -> list[Band]:
+    def _fit(self, w: Matrix, metric: Metric, rng: torch.Generator) -> list[Band]:
         outliers, edges = self.columns(w.shape[1])
         bands = []
         if outliers:
             tile = Tile(self.outlier_vector_length, 1)
-            bands.append(Band(0, outliers, tile, self._table(w, h, 0, outliers, tile, self.outlier_table_bits, rng)))
+            bands.append(Band(0, outliers, tile, self._table(w, metric, 0, outliers, tile, self.outlier_table_bits, rng)))
         tile = Tile(self.vector_length, 1)
         for start, stop in itertools.pairwise(edges):
-            bands.append(Band(start, stop, tile, self._table(w, h, start, stop, tile, self.table_bits, rng)))
+            bands.append(Band(start, stop, tile, self._table(w, metric, start, stop, tile, self.table_bits, rng)))
         return bands
 
-    def _table(self, w: Matrix, h: Square, start: int, stop: int, tile: Tile, bits: int, rng: torch.Generator) -> Table:
+    def _table(self, w: Matrix, metric: Metric, start: int, stop: int, tile: Tile, bits: int, rng: torch.Generator) -> Table:
         points = tile.cut(w[:, start:stop])
-        return Table(kmeans(points, _importance(h, start, stop, points), 2**bits, rng, steps=self.kmeans_steps))
+        return Table(kmeans(points, metric.importance(start, stop, tile, w.shape[0]), 2**bits, rng, steps=self.kmeans_steps))
 
-    def _with_residuals(self, done: Rounded, h: Square, rng: torch.Generator) -> list[Band]:
+    def _with_residuals(self, done: Rounded, metric: Metric, rng: torch.Generator) -> list[Band]:
         """The same bands with a residual table trained on what the first sweep left of its targets."""
-        outliers, _ = self.columns(h.shape[0])
+        outliers, _ = self.columns(done.targets.shape[1])
         out = []
         for band, codes in zip(done.bands, done.codes, strict=True):
             left = done.targets[:, band.start : band.stop] - band.decode(codes, done.targets.shape[0])
             book: Codebook = band.codebook
             if band.start >= outliers:
                 points = band.tile.cut(left)
-                importance = _importance(h, band.start, band.stop, points)
+                importance = metric.importance(band.start, band.stop, band.tile, left.shape[0])
                 rest = Table(kmeans(points, importance, 2**self.residual_bits, rng, steps=self.kmeans_steps))
                 book = Residual((book, rest), self.beam)
             out.append(replace(band, codebook=book))
         return out
-
-
-def _importance(h: Square, start: int, stop: int, points: Float[Tensor, "n dim"]) -> Float[Tensor, "n"]:
-    """diag(H) of the column each vector stands in."""
-    return h.diagonal()[start:stop].repeat(points.shape[0] // (stop - start))
 
 
 def column_order(w: Matrix, h: Square, outliers: int) -> Int[Tensor, "in"]:

@@ -134,6 +134,21 @@ class Recorder:
         self._learned = True
 
 
+class Tail(Recorder):
+    """Runs of the parent in which the last block answers with `hidden` [b ctx d], in the form that `known` blocks answer in."""
+
+    def __init__(self, known: Recorder) -> None:
+        super().__init__(known.blocks, known.form)
+        self._rest, self._learned = known._rest, True
+        self.answer: Tensor | None = None
+
+    def visit(self, index: int, args: tuple, kwargs: dict) -> Any:
+        output = super().visit(index, args, kwargs)
+        if not self.done:
+            return output
+        return self.answer if self._rest is None else (self.answer, *self._rest)
+
+
 def _split(args: tuple, kwargs: dict) -> tuple[Call, Tensor]:
     """The call without its hidden state, and the hidden state [b ctx d]."""
     if args:

@@ -7,7 +7,8 @@ embedding) is materialised only while `capture` runs. All names here are names i
 
 import copy
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from voroq.experts import unstack_experts
 from voroq.pipeline import blocks as structure
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
-from voroq.pipeline.capture import Call, Recorder, first, stubs
+from voroq.pipeline.capture import Call, Recorder, Tail, first, stubs
 from voroq.pipeline.compat import Group, build_skeleton
 from voroq.pipeline.memory import give_back
 from voroq.pipeline.outer import Outer
@@ -75,6 +76,7 @@ class OpenModel:
         self._site_of: dict[str, list[str]] = {}
         self._loaded: dict[int, nn.Module] = {}
         self._calls: dict[int, list[Call]] = {}
+        self._recorder: Recorder | None = None
         self._sites = lru_cache(maxsize=None)(self._find_sites)
         for group in self._weights.groups:
             self._place(group)
@@ -177,7 +179,7 @@ class OpenModel:
         """
         store: Activations | None = None
         self._calls = {}
-        recorder = Recorder(self.n_blocks, self._form)
+        recorder = self._recorder = Recorder(self.n_blocks, self._form)
         blocks = self.skeleton.get_submodule(self.blocks_name)
         with stubs(blocks, recorder.visit), Outer(self.skeleton, self.blocks_name, self._weights, self.device) as outer:
             for start in range(0, len(tokens), batch):
@@ -191,6 +193,19 @@ class OpenModel:
                 outer.run(tokens[:size], recorder)
                 self._keep(recorder, tokens[:size])
         return store
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Int[Tensor, "b ctx"], Float[Tensor, "b ctx d"]], Float[Tensor, "b ctx v"]]]:
+        """Inside, `logits(tokens, hidden)`: the model's logits where `hidden` leaves the last block. Needs `capture`."""
+        tail = Tail(self._recorder)
+        blocks = self.skeleton.get_submodule(self.blocks_name)
+        with stubs(blocks, tail.visit), Outer(self.skeleton, self.blocks_name, self._weights, self.device) as outer:
+
+            def logits(tokens: Int[Tensor, "b ctx"], hidden: Float[Tensor, "b ctx d"]) -> Float[Tensor, "b ctx v"]:
+                tail.answer = hidden
+                return outer.run(tokens, tail, whole=True).logits
+
+            yield logits
 
     def _keep(self, recorder: Recorder, tokens: Int[Tensor, "b ctx"]) -> Float[Tensor, "b ctx d"]:
         """Check what was recorded on `tokens` and keep the calls; the hidden states that entered block 0."""

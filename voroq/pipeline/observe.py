@@ -82,7 +82,9 @@ def borrow_prior(siblings: Mapping[str, Moments], minimum: int) -> tuple[dict[st
 
     def top_up(moments: Moments) -> Moments:
         lack = minimum - moments.count
-        return Moments(moments.second + lack * second, moments.first + lack * mean, minimum)
+        share = moments.count / minimum
+        outputs = None if moments.outputs is None or pooled.outputs is None else share * moments.outputs + (1 - share) * pooled.outputs
+        return Moments(moments.second + lack * second, moments.first + lack * mean, minimum, outputs)
 
     return {name: top_up(moments) if name in poor else moments for name, moments in siblings.items()}, poor
 

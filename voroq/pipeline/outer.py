@@ -1,7 +1,9 @@
 """What lies outside the blocks (the embedding, mostly), materialised only while it runs and only as far as it runs."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -24,7 +26,7 @@ class Outer:
         self.blocks_name = blocks_name
         self.weights = weights
         self.device = device
-        self._recorder: Recorder | None = None
+        self._done: Callable[[], bool] = bool
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._loaded: dict[nn.Module, dict[str, Tensor | None]] = {}  # module -> its parameters on meta
 
@@ -46,19 +48,20 @@ class Outer:
         self._hooks.clear()
         self._loaded.clear()
 
-    def run(self, tokens: Int[Tensor, "b ctx"], recorder: Recorder) -> None:
-        """Run the model on `tokens` until all blocks were called; they are stubs that report to `recorder`.
+    def run(self, tokens: Int[Tensor, "b ctx"], recorder: Recorder, *, whole: bool = False) -> Any:
+        """Run the model on `tokens` until all blocks were called; they are stubs that report to `recorder`. With `whole` run it to its
+        end and return what it returns.
 
         A model may look at a weight before calling the module that has it (`ids.to(embedding.weight.device)`), and would compute
         with memory that was never written. So only a run during which nothing had to be loaded counts.
         """
-        self._recorder = recorder
+        self._done = lambda: recorder.done and not whole
         while True:
-            loaded = len(self._loaded)
+            loaded, output = len(self._loaded), None
             recorder.start()
             try:
                 with suppress(Captured):
-                    self.skeleton(input_ids=tokens.to(self.device))
+                    output = self.skeleton(input_ids=tokens.to(self.device), **({"use_cache": False} if whole else {}))
             except Exception as error:  # of a run that does not count, whatever it computed with
                 if len(self._loaded) > loaded:
                     continue
@@ -69,12 +72,12 @@ class Outer:
                     f"{kind} uses weights outside its blocks other than by calling their module; this is not supported"
                 ) from error
             if len(self._loaded) == loaded:
-                return
+                return output
 
     def _loader(self, path: str):
         def load(module: nn.Module, args: tuple) -> None:
             # The first weights needed after the last block are those of the final norm or the head.
-            if self._recorder.done:
+            if self._done():
                 raise Captured
             if module in self._loaded:
                 return

@@ -13,6 +13,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from torch import nn
 
 import voroq
 from voroq.errors import VoroqError
-from voroq.methods import Method
+from voroq.methods import ONE_SIDED, Method
 from voroq.moments import Moments
 from voroq.packed.base import Packed, Spec
 from voroq.packed.format import pack, spec_type, unpack
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
 from voroq.pipeline.calibration import calibration_windows
+from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients
 from voroq.pipeline.finished import put_back, tune_finished
 from voroq.pipeline.memory import peak_memory
 from voroq.pipeline.model import OpenModel, open_model
@@ -56,6 +58,7 @@ def quantize_model(
     samples: int | None = None,
     context: int | None = None,
     mode: str = "parallel",
+    hessian: str = "auto",
     device: str = "auto",
     seed: int = 0,
     resume: bool = False,
@@ -69,6 +72,8 @@ def quantize_model(
 
     `plan` is a method for every site, a `Plan` with rules by name, or a `Budget` of bits per weight. `calibration` is a text file, a
     bundled name or "dataset:NAME" (the bundled mixed text if None), of which `samples` windows of `context` tokens are used.
+    `hessian` says what errors are weighed by: input (second moments of each linear's inputs), two-sided (also of the gradients at its
+    outputs, by one backward pass), or auto: two-sided where a method uses it and the model has a head.
     `device` is auto, cpu, cuda or a list of devices. `block_tuning` tunes every quantized block towards the original block's output
     on the same inputs, `tuning` the whole quantized model towards the original's logits afterwards (both are then in memory).
     With `resume` an interrupted run goes on; the result has the same bytes.
@@ -90,7 +95,8 @@ def quantize_model(
         raise VoroqError(f"{source} has no language model head, so there are no logits to tune towards; leave tuning out")
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
     check_disk(Path(out), ready.bytes)
-    settings = {**ready.settings, "block_tuning": repr(block_tuning), "tuning": repr(tuning)}
+    two_sided = _is_two_sided(model, hessian, ready.methods)
+    settings = {**ready.settings, "hessian": "two-sided" if two_sided else "input", "block_tuning": repr(block_tuning), "tuning": repr(tuning)}
     if tuning is not None:
         context = ready.windows.shape[1]
         more, mark = calibration_windows(load_tokenizer(origin), calibration, samples=tuning.samples, context=context, seed=seed)
@@ -98,7 +104,7 @@ def quantize_model(
     output = Output(Path(out), model.n_blocks, settings, resume=resume)
     if output.report is not None:
         return output.report
-    run = Run(model, ready.plan, output, ready.layout, ready.dtype, mode, seed, devices, block_tuning, progress)
+    run = Run(model, ready.plan, output, ready.layout, ready.dtype, mode, two_sided, seed, devices, block_tuning, progress)
     entries = [run.outer(), *run.blocks(ready.windows)]
     tuned = None
     if tuning is not None and tuning.steps:
@@ -109,6 +115,7 @@ def quantize_model(
         "version": voroq.__version__,
         **_described(ready.methods),
         "mode": mode,
+        "hessian": settings["hessian"],
         "seed": seed,
         "calibration": {
             "text": str(calibration or "calibration-mixed"),
@@ -128,6 +135,15 @@ def quantize_model(
     return report
 
 
+def _is_two_sided(model: OpenModel, hessian: str, methods: Sequence[Method]) -> bool:
+    if hessian not in ("auto", "input", "two-sided"):
+        raise VoroqError(f"hessian {hessian!r} is unknown; choose auto, input or two-sided")
+    head = model.skeleton.get_output_embeddings() is not None
+    if hessian == "two-sided" and not head:
+        raise VoroqError(f"{model.source.name} has no language model head, so there are no gradients of its answers; use --hessian input")
+    return head and hessian != "input" and not all(isinstance(method, ONE_SIDED) for method in methods)
+
+
 @dataclass(frozen=True)
 class Run:
     """What the block loop needs, in one place; no state of its own but what lies in the output folder."""
@@ -138,6 +154,7 @@ class Run:
     layout: str
     dtype: torch.dtype
     mode: str
+    two_sided: bool
     seed: int
     devices: tuple[torch.device, ...]
     block_tuning: Tuning | None
@@ -164,24 +181,41 @@ class Run:
         last = max(index for index, entry in enumerate(entries) if entry is None)
         others = block_batches(self.block_tuning, tuple(windows.shape), self.seed) if self.block_tuning is not None else ()
         store = self.model.capture(windows, batch, others=others, limit=ACTIVATIONS_IN_MEMORY, folder=self.output.folder)
-        with store as states:
+        with ExitStack() as stack:
+            states = stack.enter_context(store)
+            gradients: list[Activations | None] = [None] * self.model.n_blocks
+            if self.two_sided:
+                gradients = [stack.enter_context(one) for one in self._gradients(windows, states, batch)]
             for index in range(last + 1):
                 self.progress.block(index, self.model.block_name(index))
                 if entries[index] is None:
-                    entries[index] = self._quantize(index, states, batch, more=index < last)
+                    entries[index] = self._quantize(index, states, gradients[index], batch, more=index < last)
                 else:
                     self._replay(index, states, batch, entries[index], more=index < last)
         return entries
 
-    def _quantize(self, index: int, states: Activations, batch: int, *, more: bool) -> dict[str, Any]:
+    def _gradients(self, windows: torch.Tensor, states: Activations, batch: int) -> list[Activations]:
+        """The gradients at every block's output, for as many windows as that takes."""
+        tokens = windows[: gradient_windows(*windows.shape, batch)]
+        room = {"limit": ACTIVATIONS_IN_MEMORY, "folder": self.output.folder}
+        return output_gradients(self.model, tokens, states, batch, seed=self.seed, progress=self.progress, **room)
+
+    def _quantize(
+        self, index: int, states: Activations, gradients: Activations | None, batch: int, *, more: bool
+    ) -> dict[str, Any]:
         began = time.perf_counter()
         model = self.model
         block = model.load_block(index)
         linears = model.linears(block, index)
         chosen = [site for site in model.sites(index) if self.plan.method_for(site.name) is not None]
         self.progress.stage("observing")
+        curvature = {}
+        if gradients is not None:
+            curvature = observe_outputs(model, block, index, states, gradients, batch, sites=[site.name for site in chosen])
+            gradients.close()
         outputs = states if more and self.mode == "parallel" and self.block_tuning is None else None
         moments, tokens = observe_block(model, block, index, states, batch, sites=[site.name for site in chosen], outputs=outputs)
+        moments = {name: dataclasses.replace(found, outputs=curvature.get(name)) for name, found in moments.items()}
         moments, notes = _with_priors(chosen, moments)
         jobs = []
         for name in (site.name for site in chosen):
@@ -200,7 +234,7 @@ class Run:
             packed, tuned = self._tune(block, index, packed, states)
             losses = {job.name: job.loss(packed[job.name]) for job in jobs}
             rows = [{**row, "loss": losses[row["name"]]} for row in rows]
-        del moments, jobs
+        del moments, jobs, curvature
         if self.mode == "sequential":
             for name, one in packed.items():
                 linears[name].weight.data.copy_(unpack(one).dequantize())

@@ -50,7 +50,7 @@ class SiteJob:
         """Quantize, pack and measure. Raises VoroqError naming the site."""
         began = time.perf_counter()
         w = self.weight.to(device=device, dtype=torch.float32)
-        moments = Moments(self.moments.second.to(device), self.moments.first.to(device), self.moments.count)
+        moments = self.moments.to(device)
         try:
             quantized = self.method(w, moments, generator(self.seed, self.name))
             if quantized.shape != tuple(w.shape):

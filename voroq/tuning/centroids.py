@@ -1,7 +1,7 @@
 """Refit of the tables to the proxy loss, codes fixed: a linear least-squares problem, solved by conjugate gradients.
 
-The stored weight is linear in all tables of all bands at once, W(C) = D C, and the loss is tr((W - DC) H (W - DC)^T), so the
-optimum solves  D^T (D C) H = D^T W H.  Applying the left side costs one product with H and one sum of the result by code, which is
+The stored weight is linear in all tables of all bands at once, W(C) = D C, and the loss is tr(G (W - DC) H (W - DC)^T), G the identity
+where there is no metric of the outputs, so the optimum solves  D^T G (D C) H = D^T G W H.  Applying the left side costs one product with H and one sum of the result by code, which is
 what makes a 65536-entry table as easy as one of 16. (GPTVQ's "M step", AQLM's codebook update; solved here instead of descended.)
 """
 
@@ -20,8 +20,16 @@ from voroq.shapes import Matrix, Square
 Tables = list[Tensor]
 
 
-def refit(w: Matrix, h: Square, bands: tuple[Band, ...], codes: tuple[Tensor, ...], *, steps: int = 10) -> tuple[Band, ...]:
-    """`bands` with tables that lower tr(E H E^T) for `w` [out in] in stored order; at most `steps` of conjugate gradients,
+def refit(
+    w: Matrix,
+    h: Square,
+    bands: tuple[Band, ...],
+    codes: tuple[Tensor, ...],
+    *,
+    g: Float[Tensor, "out out"] | None = None,
+    steps: int = 10,
+) -> tuple[Band, ...]:
+    """`bands` with tables that lower tr(G E H E^T) (G the identity if None) for `w` [out in] in stored order; at most `steps` of conjugate gradients,
     preconditioned by the diagonal of the normal matrix (the summed diag(H) of a centroid's columns).
 
     Started at the present tables, so the loss never rises beyond rounding. Bands must be tables or residual tables.
@@ -34,10 +42,11 @@ def refit(w: Matrix, h: Square, bands: tuple[Band, ...], codes: tuple[Tensor, ..
         return torch.cat([band.decode(code, w.shape[0]) for band, code in zip(refitted, codes, strict=True)], dim=1)
 
     def adjoint(error: Matrix) -> Tables:
-        graded = error @ h
+        graded = error @ h if g is None else g @ (error @ h)
         return [t for band, a in zip(bands, adjoints, strict=True) for t in a(graded[:, band.start : band.stop])]
 
-    weights = h.diagonal().expand(w.shape).contiguous()
+    weights = h.diagonal().expand(w.shape) if g is None else torch.outer(g.diagonal(), h.diagonal())
+    weights = weights.contiguous()
     mass = [t for band, a in zip(bands, adjoints, strict=True) for t in a(weights[:, band.start : band.stop])]
     solution = _conjugate_gradients(apply, adjoint, mass, w, stages, steps)
     return _with_tables(bands, solution)

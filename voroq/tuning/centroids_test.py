@@ -89,3 +89,30 @@ def test_unused_centroids_stay_where_they_are():
 def test_grids_cannot_be_refitted():
     with pytest.raises(TypeError, match="only tables"):
         refit(torch.zeros(2, 2), torch.eye(2), (Band(0, 2, Tile(1, 1), Grid(2)),), (torch.zeros(2, 2, 1, dtype=torch.long),))
+
+
+def test_refit_in_the_metric_of_both_sides_equals_a_brute_force_solve():
+    w, h, bands, codes = problem()
+    y = torch.randn(40, OUT, generator=rng(20), dtype=torch.float64)
+    g = y.T @ y / 40 + 0.1 * torch.eye(OUT, dtype=torch.float64)
+    root_g, root_h = torch.linalg.cholesky(g).T, torch.linalg.cholesky(h + 1e-9 * torch.eye(IN, dtype=torch.float64))
+    stages = [t for band in bands for t in band.codebook.tensors().values()]
+
+    def made(tables) -> torch.Tensor:
+        left = iter(tables)
+        refitted = [
+            Band(b.start, b.stop, b.tile, b.codebook.with_tensors({name: next(left) for name in b.codebook.tensors()})) for b in bands
+        ]
+        return torch.cat([band.decode(code, OUT) for band, code in zip(refitted, codes, strict=True)], dim=1)
+
+    columns = []
+    for s, stage in enumerate(stages):
+        for j in range(stage.numel()):
+            unit = [torch.zeros_like(t) for t in stages]
+            unit[s].view(-1)[j] = 1
+            columns.append((root_g @ made(unit) @ root_h).reshape(-1))
+    design, target = torch.stack(columns, 1), (root_g @ w @ root_h).reshape(-1)
+    best = float((design @ torch.linalg.lstsq(design, target[:, None], driver="gelsd").solution - target[:, None]).square().sum())
+    done = refit(w, h, bands, codes, g=g, steps=500)
+    delta = w - torch.cat([band.decode(code, OUT) for band, code in zip(done, codes, strict=True)], dim=1)
+    assert float(torch.trace(g @ delta @ h @ delta.T)) == pytest.approx(best, rel=1e-5)

@@ -1,0 +1,216 @@
+// Rounding in a metric of two sides, one row of tiles at a time (voroq/rounding/kronecker.py has the mathematics and the slow twin).
+// A tile is v weights down the output; its words are a table's, or sums of two tables' entries; `metric` [v, v] says what an error costs.
+#include "voroq.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_SET __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EVERY_SET
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = 16, LONGEST = 64;
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+INLINE Floats load(const float* from) {
+    Floats to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
+
+// A table as the search wants it: for every LANES words c the products M c, by component, and c M c.
+struct Metric {
+    const float* table;
+    int64_t k;
+    int v;
+    std::vector<float> pulled, norms;
+
+    void prepare(const float* words, int64_t count, int size, const float* metric) {
+        table = words, k = count, v = size;
+        const int64_t blocks = (k + LANES - 1) / LANES;
+        pulled.assign(size_t(blocks * v * LANES), 0.0f);
+        norms.assign(size_t(blocks * LANES), std::numeric_limits<float>::infinity());
+        for (int64_t c = 0; c < k; ++c) {
+            const float* word = table + c * v;
+            float norm = 0;
+            for (int a = 0; a < v; ++a) {
+                float sum = 0;
+                for (int b = 0; b < v; ++b) sum += metric[a * v + b] * word[b];
+                pulled[size_t((c / LANES * v + a) * LANES + c % LANES)] = sum;
+                norm += sum * word[a];
+            }
+            norms[size_t(c)] = norm;
+        }
+    }
+
+    // c M c - 2 t M c of the words of a block
+    INLINE Floats scores(int64_t block, const float* t) const {
+        Floats sum = load(&norms[size_t(block * LANES)]);
+        const float* words = &pulled[size_t(block * v * LANES)];
+        for (int a = 0; a < v; ++a) sum += (-2 * t[a]) * load(words + a * LANES);
+        return sum;
+    }
+};
+
+struct Best {
+    float score;
+    int64_t word;
+};
+
+// The word with the least score; of equals, the first.
+INLINE Best nearest(const Metric& words, const float* t) {
+    Floats least = Floats{} + std::numeric_limits<float>::infinity();
+    Ints where{}, here{};
+    const int64_t blocks = int64_t(words.norms.size()) / LANES;
+    for (int64_t block = 0; block < blocks; ++block, here += 1) {
+        const Floats s = words.scores(block, t);
+        const Ints less = s < least;
+        least = less ? s : least;
+        where = less ? here : where;
+    }
+    Best best{std::numeric_limits<float>::infinity(), 0};
+    for (int l = 0; l < LANES; ++l) {
+        const int64_t word = int64_t(where[l]) * LANES + l;
+        if (least[l] < best.score || (least[l] == best.score && word < best.word)) best = {least[l], word};
+    }
+    return best;
+}
+
+struct Words {
+    Metric main, rest;
+    int beam = 1;
+    std::vector<Best> few;
+
+    Words(const VoroqTables& tables, const float* metric) : beam(std::max(1, tables.beam)) {
+        main.prepare(tables.main, tables.k, tables.v, metric);
+        if (tables.rest) rest.prepare(tables.rest, tables.k_rest, tables.v, metric);
+        else rest.k = 0;
+    }
+    int streams() const { return rest.k ? 2 : 1; }
+    // Of the word at `codes`.
+    void decode(const int64_t* codes, float* word) const {
+        for (int a = 0; a < main.v; ++a) word[a] = main.table[codes[0] * main.v + a] + (rest.k ? rest.table[codes[1] * main.v + a] : 0);
+    }
+};
+
+// Codes of the best word found for t: with a second table, the `beam` best of the main one are each completed.
+INLINE void search(Words& words, const float* t, int64_t* codes) {
+    if (!words.rest.k) {
+        codes[0] = nearest(words.main, t).word;
+        return;
+    }
+    auto& few = words.few;
+    few.clear();
+    if (words.beam == 1) few.push_back(nearest(words.main, t));
+    else {
+        for (int64_t block = 0; block * LANES < words.main.k; ++block) {
+            const Floats s = words.main.scores(block, t);
+            for (int l = 0; l < LANES && block * LANES + l < words.main.k; ++l) {
+                if (int(few.size()) == words.beam && !(s[l] < few.back().score)) continue;
+                if (int(few.size()) == words.beam) few.pop_back();
+                const Best one{s[l], block * LANES + l};
+                few.insert(std::upper_bound(few.begin(), few.end(), one, [](const Best& a, const Best& b) { return a.score < b.score; }), one);
+            }
+        }
+    }
+    float least = std::numeric_limits<float>::infinity();
+    for (const Best& one : few) {
+        float left[LONGEST];
+        for (int a = 0; a < words.main.v; ++a) left[a] = t[a] - words.main.table[one.word * words.main.v + a];
+        const Best second = nearest(words.rest, left);
+        if (one.score + second.score < least) {
+            least = one.score + second.score;
+            codes[0] = one.word, codes[1] = second.word;
+        }
+    }
+}
+
+INLINE void subtract(float* row, const float* other, float factor, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) row[i] -= factor * other[i];
+}
+
+EVERY_SET void feedback(Words& words, const float* u, int64_t columns, float* rest, int64_t* codes, float* errors) {
+    const int v = words.main.v, streams = words.streams();
+    float t[LONGEST], word[LONGEST];
+    for (int64_t j = 0; j < columns; ++j) {
+        for (int a = 0; a < v; ++a) t[a] = rest[a * columns + j];
+        search(words, t, codes + j * streams);
+        words.decode(codes + j * streams, word);
+        for (int a = 0; a < v; ++a) {
+            const float error = (t[a] - word[a]) / u[j * columns + j];
+            errors[a * columns + j] = error;
+            subtract(rest + a * columns + j + 1, u + j * columns + j + 1, error, columns - j - 1);
+        }
+    }
+}
+
+EVERY_SET int32_t descend(
+    Words& words, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error, int64_t* codes) {
+    const int v = words.main.v, streams = words.streams();
+    float t[LONGEST], old[LONGEST], word[LONGEST], left[LONGEST];
+    int64_t found[2];
+    int32_t moves = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+        int64_t* own = codes + j * streams;
+        words.decode(own, old);
+        for (int a = 0; a < v; ++a) {
+            float sum = 0;
+            for (int b = 0; b < v; ++b) sum += inverse[a * v + b] * pull[b * columns + j];
+            t[a] = old[a] + sum / h[j * columns + j];
+        }
+        search(words, t, found);
+        if (found[0] == own[0] && (streams == 1 || found[1] == own[1])) continue;
+        words.decode(found, word);
+        float before = 0, after = 0;
+        for (int a = 0; a < v; ++a)
+            for (int b = 0; b < v; ++b) {
+                before += (t[a] - old[a]) * metric[a * v + b] * (t[b] - old[b]);
+                after += (t[a] - word[a]) * metric[a * v + b] * (t[b] - word[b]);
+            }
+        if (!(after < before)) continue;
+        ++moves;
+        for (int a = 0; a < v; ++a) error[a * columns + j] -= left[a] = word[a] - old[a];
+        for (int s = 0; s < streams; ++s) own[s] = found[s];
+        for (int a = 0; a < v; ++a) {
+            float sum = 0;
+            for (int b = 0; b < v; ++b) sum += metric[a * v + b] * left[b];
+            subtract(pull + a * columns, h + j * columns, sum, columns);
+        }
+    }
+    return moves;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t voroq_feedback_tile(
+    const VoroqTables* tables, const float* metric, const float* u, int64_t columns, float* rest, int64_t* codes, float* errors) try {
+    if (tables->v < 1 || tables->v > LONGEST) return 1;
+    Words words(*tables, metric);
+    feedback(words, u, columns, rest, codes, errors);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 2;
+}
+
+int32_t voroq_descend_tile(
+    const VoroqTables* tables, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error,
+    int64_t* codes, int64_t* moves) try {
+    if (tables->v < 1 || tables->v > LONGEST) return 1;
+    Words words(*tables, metric);
+    *moves += descend(words, metric, inverse, h, columns, pull, error, codes);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 2;
+}
+}

@@ -1,0 +1,129 @@
+"""Gradients of the model's own log-likelihood at the outputs of every block, for a bounded number of windows, one block in memory.
+
+The labels are sampled from the model's answers, so the second moments of these gradients are the Fisher matrix: what they weigh is
+the divergence from the original model, not its error on the text. One pass forward keeps what enters each block, one pass backward
+puts the gradients in its place, so nothing grows with the depth but a store per block (memory up to a limit, else an unnamed file).
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from voroq.errors import VoroqError
+from voroq.pipeline.activations import Activations
+from voroq.pipeline.model import OpenModel
+from voroq.pipeline.progress import Progress
+
+GRADIENT_TOKENS = 1 << 16
+"""Tokens the gradients are taken on: enough for second moments of several thousand outputs."""
+
+
+def gradient_windows(windows: int, context: int, batch: int) -> int:
+    """How many of `windows` get gradients: whole batches, so that blocks are called as they were captured."""
+    wanted = max(1, GRADIENT_TOKENS // context // batch) * batch
+    return min(windows, wanted)
+
+
+def output_gradients(
+    model: OpenModel,
+    tokens: Int[Tensor, "windows ctx"],
+    states: Activations,
+    batch: int,
+    *,
+    seed: int,
+    limit: int,
+    folder: Path,
+    progress: Progress,
+) -> list[Activations]:
+    """For every block the gradient at its output [windows ctx d] on the windows `tokens`, the first of those whose states entered
+    block 0 in `states`. The stores together stay in memory up to `limit` bytes.
+
+    Raises VoroqError where a gradient is not finite or does not reach a block.
+    """
+    count = tokens.shape[0]
+    shape, each = (count, *states.shape[1:]), limit // model.n_blocks
+    stores = [Activations(shape, states.dtype, limit=each, folder=folder) for _ in range(model.n_blocks)]
+    spans = [(start, min(start + batch, count)) for start in range(0, count, batch)]
+    with torch.no_grad():
+        for index in range(model.n_blocks):
+            progress.stage(f"passing on, block {index + 1} of {model.n_blocks}")
+            block, entering = model.load_block(index), stores[index - 1] if index else states
+            for start, stop in spans:
+                hidden = entering.read(start, stop).to(model.device)
+                stores[index].write(start, model.forward_block(block, index, hidden))
+            model.drop_block(index)
+    _at_the_head(model, tokens, stores[-1], spans, seed)
+    for index in range(model.n_blocks - 1, 0, -1):
+        progress.stage(f"gradients, block {index + 1} of {model.n_blocks}")
+        block = model.load_block(index)
+        for start, stop in spans:
+            hidden = stores[index - 1].read(start, stop).to(model.device)
+            gradient = _pulled_back(model, block, index, hidden, stores[index].read(start, stop))
+            stores[index - 1].write(start, gradient)
+        model.drop_block(index)
+    return stores
+
+
+def observe_outputs(
+    model: OpenModel, block: nn.Module, index: int, inputs: Activations, gradients: Activations, batch: int, *, sites: Collection[str]
+) -> dict[str, Float[Tensor, "out out"]]:
+    """E[g g^T] over tokens at the output of each of `sites` in block `index`; g is pulled back from `gradients` at the block's output."""
+    linears = {name: linear for name, linear in model.linears(block, index).items() if name in sites}
+    sums = {name: torch.zeros(linear.out_features, linear.out_features, device=model.device) for name, linear in linears.items()}
+    seen = dict.fromkeys(linears, 0)
+
+    def watch(name: str):
+        def collect(gradient: Tensor) -> None:
+            g = gradient.reshape(-1, gradient.shape[-1]).float()
+            sums[name].addmm_(g.T, g)
+            seen[name] += g.shape[0]
+
+        def hook(linear: nn.Module, args: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(collect)
+
+        return hook
+
+    hooks = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        for start in range(0, gradients.shape[0], batch):
+            stop = min(start + batch, gradients.shape[0])
+            _pulled_back(model, block, index, inputs.read(start, stop).to(model.device), gradients.read(start, stop))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / max(seen[name], 1) for name, total in sums.items()}
+
+
+def _pulled_back(
+    model: OpenModel, block: nn.Module, index: int, hidden: Float[Tensor, "b ctx d"], gradient: Float[Tensor, "b ctx d"]
+) -> Float[Tensor, "b ctx d"]:
+    """The gradient at the input of a block, from that at its output."""
+    with torch.enable_grad():
+        hidden.requires_grad_(True)
+        output = model.forward_block(block, index, hidden)
+        return _checked(torch.autograd.grad(output, hidden, gradient.to(output))[0], model.block_name(index))
+
+
+def _at_the_head(model: OpenModel, tokens: Int[Tensor, "windows ctx"], last: Activations, spans: list[tuple[int, int]], seed: int) -> None:
+    """Replace what leaves the last block by the gradient of log q(sampled tokens) there."""
+    rng = torch.Generator().manual_seed(seed)
+    with model.head() as logits:
+        for start, stop in spans:
+            with torch.enable_grad():
+                hidden = last.read(start, stop).to(model.device).requires_grad_(True)
+                log_q = logits(tokens[start:stop], hidden).float().log_softmax(-1).flatten(0, 1)
+                with torch.no_grad():
+                    noise = torch.rand(log_q.shape, generator=rng).clamp_min(1e-20).to(log_q.device)
+                    sampled = (log_q - (-noise.log()).log()).argmax(-1)  # Gumbel: a draw from softmax(log_q)
+                chosen = log_q.gather(1, sampled[:, None]).sum()
+                last.write(start, _checked(torch.autograd.grad(chosen, hidden)[0], "the head"))
+
+
+def _checked(gradient: Tensor, where: str) -> Tensor:
+    if not torch.isfinite(gradient).all():
+        raise VoroqError(f"the gradients at {where} hold NaN or infinity; quantize with --hessian input, which needs none")
+    return gradient

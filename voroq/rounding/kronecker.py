@@ -1,0 +1,229 @@
+"""Rounding in a metric of two sides: an error costs what its input makes of it, and what its output does to the model's loss.
+
+With H = E[x x^T] of a linear's inputs and G = E[g g^T] of the gradients of the log-likelihood at its outputs, an error E of the weight
+[out in] moves the model's answers by about
+
+    KL = 1/2 tr(G E H E^T)
+
+(the Fisher matrix, taken as a Kronecker product: Martens & Grosse 2015; for rounding: YAQA, Tseng et al. 2025). Rows are then no longer
+independent. With inv(G) = V^T V, V upper triangular, and F_r what row block r is off once it has answered the blocks before it,
+
+    tr(G E H E^T) = sum_r tr(D_r F_r H F_r^T)          D_r = inv(V_rr^T V_rr)
+
+so the two-sided loop is the one-sided one (`feedback.py`) inside another: rows of tiles top down, columns along each, vectors searched
+in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric. Both take tiles one column
+wide. With G the identity they do what `feedback.feedback` and `descent.descend` do.
+
+On a CPU with the library of kernels, tables in float32 go there, a row of tiles at a time.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from voroq import native
+from voroq.codebook.base import Codebook
+from voroq.codebook.residual import Residual
+from voroq.codebook.table import Table
+from voroq.numerics.linalg import inverse_factor
+from voroq.numerics.nearest import is_native
+from voroq.quantized import Band
+from voroq.rounding.feedback import Rounded, conditional_metric
+from voroq.shapes import Matrix, Square
+
+PADDING = 1e-3
+"""What an error in a row that only pads the last tile counts, relative to the mean row."""
+
+
+def kronecker_loss(delta: Matrix, h: Square, g: Float[Tensor, "out out"]) -> Float[Tensor, "out"]:
+    """Diagonal of G delta H delta^T: what each row adds to tr(G delta H delta^T)."""
+    return ((g @ delta @ h) * delta).sum(1)
+
+
+def feedback(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], *, lazy: int = 128) -> Rounded:
+    """Round `w` [out in] under the positive definite `h` [in in] and `g` [out out].
+
+    Row blocks as high as all bands' tiles need (the least common multiple of their rows) are rounded in order. About `lazy` rows are finished before
+    the rest of the matrix is updated; it changes the speed, not the result.
+    """
+    out, width = w.shape
+    height = math.lcm(*[band.tile.rows for band in bands])
+    rest, g = _padded(w, g, -(-out // height) * height)
+    u, v = inverse_factor(h), inverse_factor(g)
+    targets = torch.empty_like(rest)
+    codes = [_room(band, rest.shape[0]) for band in bands]
+    group = max(1, lazy // height) * height
+    for first in range(0, rest.shape[0], group):
+        last = min(first + group, rest.shape[0])
+        owed = torch.empty(last - first, width, dtype=w.dtype, device=w.device)
+        for top in range(first, last, height):
+            rows = slice(top, top + height)
+            here = v[rows, rows]
+            targets[rows] = rest[rows]
+            made = _along(targets[rows], u, conditional_metric(here), top, bands, codes)
+            error = torch.linalg.solve_triangular(here.T, rest[rows] - made, upper=False)
+            rest[top + height : last] -= v[rows, top + height : last].T @ error
+            owed[top - first : top + height - first] = error
+        rest[last:] -= v[first:last, last:].T @ owed
+    codes = [part[: -(-out // band.tile.rows)] for band, part in zip(bands, codes, strict=True)]
+    return _result(w, h, g[:out, :out], bands, codes, targets[:out])
+
+
+def descend(
+    w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int
+) -> Rounded:
+    """`codes` after at most `sweeps` sweeps over all tiles, each rounded again given all the others; fewer where a sweep moves nothing.
+
+    A code moves only where that lowers tr(G E H E^T), so the loss never rises. `targets` are the weights themselves.
+    """
+    out = w.shape[0]
+    room = max(-(-out // band.tile.rows) * band.tile.rows for band in bands)
+    error, weights = _padded(w, g, room)
+    codes = [part.clone() for part in codes]
+    for band, part in zip(bands, codes, strict=True):
+        tall = part.shape[0] * band.tile.rows
+        error[:tall, band.start : band.stop] -= band.decode(part, tall)
+    for _ in range(sweeps):
+        moves = 0
+        for band, part in zip(bands, codes, strict=True):
+            columns = slice(band.start, band.stop)
+            curvature = h[columns, columns].contiguous()
+            for row in range(part.shape[0]):
+                rows = slice(row * band.tile.rows, (row + 1) * band.tile.rows)
+                pull = ((weights[rows] @ error) @ h[:, columns]).contiguous()
+                moves += _descend_tile(pull, error[rows, columns], curvature, weights[rows, rows], band, row, part[row])
+        if not moves:
+            break
+    return _result(w, h, g, bands, codes, w)
+
+
+def _along(
+    rest: Float[Tensor, "m in"], u: Square, metric: Float[Tensor, "m m"], top: int, bands: Sequence[Band], codes: Sequence[Tensor]
+) -> Float[Tensor, "m in"]:
+    """What a row block is rounded to; `rest` becomes its targets, `codes` of its tiles are written. The block begins at row `top`."""
+    made = torch.empty_like(rest)
+    for band, part in zip(bands, codes, strict=True):
+        size, columns = band.tile.rows, slice(band.start, band.stop)
+        inside = u[columns, columns].contiguous()
+        for first in range(0, rest.shape[0], size):
+            rows, row = slice(first, first + size), (top + first) // size
+            target = rest[rows, columns].contiguous()
+            errors = _feedback_tile(target, inside, metric[rows, rows], band, row, part[row])
+            rest[rows, columns] = target
+            made[rows, columns] = target - errors * inside.diagonal()
+            rest[rows, band.stop :] -= errors @ u[columns, band.stop :]
+    return made
+
+
+def _feedback_tile(
+    rest: Float[Tensor, "v c"], u: Float[Tensor, "c c"], metric: Float[Tensor, "v v"], band: Band, row: int, codes: Int[Tensor, "c s"]
+) -> Float[Tensor, "v c"]:
+    """Round one row of tiles column by column; `rest` becomes the targets, and what comes back is (target - word) / diag(u)."""
+    tables = _tables(band, rest)
+    errors = torch.empty_like(rest)
+    if tables is not None:
+        metric = metric.contiguous()
+        arguments = (tables, metric.data_ptr(), u.data_ptr(), rest.shape[1], rest.data_ptr(), codes.data_ptr(), errors.data_ptr())
+        native.call("voroq_feedback_tile", *arguments)
+        return errors
+    for j in range(rest.shape[1]):
+        codes[j : j + 1] = _encode(band, row, rest[:, j : j + 1], metric)
+        errors[:, j] = (rest[:, j] - _decode(band, row, codes[j : j + 1])[:, 0]) / u[j, j]
+        rest[:, j + 1 :] -= errors[:, j, None] * u[j, j + 1 :]
+    return errors
+
+
+def _descend_tile(
+    pull: Float[Tensor, "v c"],
+    error: Float[Tensor, "v c"],
+    h: Float[Tensor, "c c"],
+    metric: Float[Tensor, "v v"],
+    band: Band,
+    row: int,
+    codes: Int[Tensor, "c s"],
+) -> int:
+    """One sweep along a row of tiles; `error`, a view, and `codes` move in place. `pull` is G E H there. The number of moves."""
+    inverse = torch.linalg.inv(metric.double()).to(metric.dtype).contiguous()
+    tables = _tables(band, pull)
+    if tables is not None:
+        metric, left, moves = metric.contiguous(), error.contiguous(), ctypes.c_int64(0)
+        arguments = (metric.data_ptr(), inverse.data_ptr(), h.data_ptr(), pull.shape[1], pull.data_ptr(), left.data_ptr(), codes.data_ptr())
+        native.call("voroq_descend_tile", tables, *arguments, ctypes.byref(moves))
+        error.copy_(left)
+        return moves.value
+    moves = 0
+    for j in range(pull.shape[1]):
+        old = _decode(band, row, codes[j : j + 1])
+        step = (inverse @ pull[:, j : j + 1]) / h[j, j]
+        found = _encode(band, row, old + step, metric)
+        change = _decode(band, row, found) - old
+        if not _cost(step - change, metric) < _cost(step, metric):
+            continue
+        moves += 1
+        codes[j : j + 1] = found
+        error[:, j] -= change[:, 0]
+        pull -= (metric @ change) * h[j]
+    return moves
+
+
+def _cost(delta: Float[Tensor, "v 1"], metric: Float[Tensor, "v v"]) -> float:
+    return float((metric @ delta * delta).sum())
+
+
+def _encode(band: Band, row: int, column: Float[Tensor, "v 1"], metric: Float[Tensor, "v v"]) -> Int[Tensor, "1 s"]:
+    """Codes of one tile, the `row`-th from the top, searched in `metric`."""
+    words = column.T if band.scale is None else column.T / band.scale[row]
+    return band.codebook.encode(words, metric)
+
+
+def _decode(band: Band, row: int, codes: Int[Tensor, "1 s"]) -> Float[Tensor, "v 1"]:
+    words = band.codebook.decode(codes).T
+    return words if band.scale is None else words * band.scale[row]
+
+
+def _tables(band: Band, v: Tensor) -> object | None:
+    """The band's tables as the library of kernels takes them, or None where it does not."""
+    book: Codebook = band.codebook
+    stages = (book,) if isinstance(book, Table) else book.stages if isinstance(book, Residual) else ()
+    if not 1 <= len(stages) <= 2 or band.scale is not None or not is_native(v):
+        return None
+    held = [stage.centroids for stage in stages]
+    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in held):
+        return None
+    second = held[1] if len(held) > 1 else None
+    beam = book.beam if isinstance(book, Residual) else 1
+    return native.Tables(
+        held[0].data_ptr(),
+        None if second is None else second.data_ptr(),
+        held[0].shape[0],
+        0 if second is None else second.shape[0],
+        band.tile.rows,
+        min(beam, held[0].shape[0]),
+    )
+
+
+def _room(band: Band, rows: int) -> Int[Tensor, "rows cols s"]:
+    if band.tile.cols != 1 or band.zero is not None:
+        raise ValueError(f"two-sided rounding takes tiles one column wide without zero points, got {band.tile}")
+    shape = (rows // band.tile.rows, band.stop - band.start, len(band.codebook.widths))
+    device = next(iter(band.codebook.tensors().values())).device
+    return torch.zeros(shape, dtype=torch.long, device=device)
+
+
+def _padded(w: Matrix, g: Float[Tensor, "out out"], rows: int) -> tuple[Float[Tensor, "m in"], Float[Tensor, "m m"]]:
+    """Copies with rows of zeros below, which cost little and are tied to nothing."""
+    out = w.shape[0]
+    weights = torch.eye(rows, dtype=g.dtype, device=g.device) * (PADDING * g.diagonal().mean())
+    weights[:out, :out] = g
+    return torch.nn.functional.pad(w, (0, 0, 0, rows - out)).clone(), weights
+
+
+def _result(
+    w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], targets: Matrix
+) -> Rounded:
+    made = torch.cat([band.decode(part, w.shape[0]) for band, part in zip(bands, codes, strict=True)], dim=1)
+    return Rounded(tuple(bands), tuple(codes), kronecker_loss(w - made, h, g), targets)

@@ -23,7 +23,7 @@ from voroq.pipeline.text import DEMO_MODEL, bundled, cut_windows, tokenize
 
 QUICK = VPTQ(vector_length=4, table_bits=6, kmeans_steps=3, rounds=0)
 """1.5 bits of codes per weight, tables excluded, with little training: quick, and good enough to tell right from wrong."""
-CALIBRATION = {"calibration": "calibration-c4", "samples": 16, "context": 128, "device": "cpu"}
+CALIBRATION = {"calibration": "calibration-c4", "samples": 32, "context": 128, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")

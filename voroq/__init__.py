@@ -22,6 +22,7 @@ _HOME = {
     "VoroqConfig": "voroq.integrations.transformers",
     "lora": "voroq.integrations.peft",
     "quantize_model": "voroq.front",
+    **dict.fromkeys(["plan_model", "read_plan"], "voroq.pipeline.planning"),
     "rotate_model": "voroq.pipeline.rotate",
     **dict.fromkeys(["VPTQ", "PVQ", "GPTQ", "RTN", "METHODS"], "voroq.methods"),
     "Method": "voroq.methods.base",

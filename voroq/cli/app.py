@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from voroq.cli import chat, convert, demo, doctor, evaluate, inspection, methods, quantize, rotate
+from voroq.cli import chat, convert, demo, doctor, evaluate, inspection, methods, plan, quantize, rotate
 from voroq.cli.console import error_line
 from voroq.errors import VoroqError
 
@@ -37,6 +37,7 @@ def help_text(function: Callable[..., None]) -> str:
 
 for name, function in {
     "quantize": quantize.quantize,
+    "plan": plan.plan,
     "rotate": rotate.rotate,
     "eval": evaluate.evaluate,
     "inspect": inspection.inspect,

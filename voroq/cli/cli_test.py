@@ -49,7 +49,13 @@ def library(monkeypatch):
         progress.done()
         return REPORT
 
+    def plan_model(*args, progress, **kwargs):
+        seen.planned = (args, kwargs)
+        return SimpleNamespace(plan="the allocation")
+
     monkeypatch.setitem(sys.modules, "voroq.pipeline.plan", SimpleNamespace(make_plan=make_plan))
+    planning = SimpleNamespace(plan_model=plan_model, read_plan=lambda path: f"the plan in {path}")
+    monkeypatch.setitem(sys.modules, "voroq.pipeline.planning", planning)
     monkeypatch.setitem(sys.modules, "voroq.front", SimpleNamespace(quantize_model=quantize_model))
     return seen
 
@@ -95,7 +101,7 @@ def test_quantize_passes_everything_on(library, capsys):
     args, kwargs = library.call
     assert args == ("in", "out", "the plan")
     assert kwargs == {
-        "calibration": "c.txt", "samples": 7, "context": 33, "mode": "sequential", "device": "cpu", "seed": 5,
+        "calibration": "c.txt", "samples": 7, "context": 33, "mode": "sequential", "hessian": "auto", "device": "cpu", "seed": 5,
         "resume": True, "revision": "abc", "trust_remote_code": True, "block_tuning": None,
         "tuning": None,
     }  # fmt: skip
@@ -117,6 +123,16 @@ def test_effort_is_a_tuning_and_options_that_yield_to_the_users(library):
 def test_steps_of_blocks_are_passed_on(library):
     run("quantize", "in", "out", "--tune-blocks", "7")
     assert library.call[1]["block_tuning"] == Tuning(steps=7) and library.call[1]["tuning"] is None
+
+
+def test_a_plan_comes_from_a_file_or_from_an_allocation(library, capsys):
+    run("quantize", "in", "out", "--plan", "p.json", "--hessian", "two-sided")
+    assert library.call[0] == ("in", "out", "the plan in p.json") and library.call[1]["hessian"] == "two-sided"
+    run("quantize", "in", "out", "--bits", "2.1", "--allocate", "--context", "33")
+    assert library.call[0] == ("in", "out", "the allocation")
+    assert library.planned[0] == ("in", "the plan") and library.planned[1]["context"] == 33
+    assert run("quantize", "in", "out", "--plan", "p.json", "--bits", "2") == 2
+    assert "one or the other" in capsys.readouterr().err
 
 
 def test_absent_bits_are_left_to_the_plan(library):

@@ -59,6 +59,25 @@ HessianKind = Annotated[
 ]
 
 
+ModeKind = Annotated[
+    Mode, typer.Option(help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential).")
+]
+EffortKind = Annotated[
+    EffortName,
+    typer.Option(
+        help="fast: the method alone. balanced: then the whole model is tuned towards the original's logits (both in memory). "
+        "best: a longer search and a longer tuning."
+    ),
+]
+PlanFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Settings of every linear, as voroq plan writes them, instead of --bits.", show_default=False),
+]
+Allocate = Annotated[
+    bool, typer.Option("--allocate", help="Spend the bits where they are worth most: what voroq plan does, and then quantize.")
+]
+
+
 def parse_options(pairs: list[str]) -> dict[str, str]:
     """["key=value"] as a dict. Raises VoroqError for a pair without "=" and for a key given twice."""
     found: dict[str, str] = {}
@@ -79,22 +98,16 @@ def quantize(
     method: Annotated[str, typer.Option(metavar="vptq|pvq|gptq|rtn", help="How; see voroq methods.")] = "vptq",
     bits: Bits = None,
     option: Option = None,
+    plan: PlanFile = None,
+    allocate: Allocate = False,
     calibration: CalibrationSource = None,
     samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Windows of that text. Default: 512.", show_default=False)] = None,
     context: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens in a window. Default: the model's, at most 2048.", show_default=False)
     ] = None,
-    mode: Annotated[
-        Mode, typer.Option(help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential).")
-    ] = Mode.parallel,
+    mode: ModeKind = Mode.parallel,
     hessian: HessianKind = Hessian.auto,
-    effort: Annotated[
-        EffortName,
-        typer.Option(
-            help="fast: the method alone. balanced: then the whole model is tuned towards the original's logits (both in memory). "
-            "best: a longer search and a longer tuning."
-        ),
-    ] = EffortName.fast,
+    effort: EffortKind = EffortName.fast,
     tune_blocks: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Steps to tune every block for, towards the original block's output; 0: none.")
     ] = 0,
@@ -115,7 +128,7 @@ def quantize(
 
       voroq quantize meta-llama/Llama-3.2-1B out --bits 2.1
 
-      voroq quantize ./small-model out --bits 2.1 --effort balanced
+      voroq quantize ./small-model out --bits 2.1 --allocate --effort balanced
 
       voroq quantize ./my-model out --bits 2.1 --tune-blocks 60
 
@@ -129,29 +142,30 @@ def quantize(
     from voroq.front import quantize_model
     from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
+    from voroq.pipeline.planning import plan_model, read_plan
     from voroq.tuning.loop import Tuning
 
     chosen = EFFORTS[effort.value]
-    plan = make_plan(method, bits, chosen.completed(method, pairs))
-
+    if plan is not None and (bits is not None or pairs or allocate):
+        raise VoroqError("--plan says everything that --bits, --option and --allocate say; give one or the other")
+    wanted = read_plan(plan) if plan is not None else make_plan(method, bits, chosen.completed(method, pairs))
+    shared = {"calibration": calibration, "context": context, "device": device, "seed": seed}
+    shared |= {"revision": revision, "trust_remote_code": trust_remote_code}
     with terminal_progress(err()) as progress:
+        if allocate:
+            wanted = plan_model(model, wanted, progress=progress, **shared).plan
         report = quantize_model(
             model,
             out,
-            plan,
-            calibration=calibration,
+            wanted,
             samples=samples,
-            context=context,
             mode=mode.value,
             hessian=hessian.value,
-            device=device,
-            seed=seed,
             resume=resume,
             block_tuning=Tuning(steps=tune_blocks) if tune_blocks else None,
             tuning=chosen.tuning,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             progress=progress,
+            **shared,
         )
     emit(report, as_json, summary(report, out))
 

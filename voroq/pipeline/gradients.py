@@ -20,6 +20,9 @@ from voroq.pipeline.progress import Progress
 GRADIENT_TOKENS = 1 << 16
 """Tokens the gradients are taken on: enough for second moments of several thousand outputs."""
 
+PRIOR = 4
+"""Samples per direction that a second moment of gradients is topped up with: gradients are heavy-tailed, and few tokens say little."""
+
 
 def gradient_windows(windows: int, context: int, batch: int) -> int:
     """How many of `windows` get gradients: whole batches, so that blocks are called as they were captured."""
@@ -61,7 +64,7 @@ def output_gradients(
         block = model.load_block(index)
         for start, stop in spans:
             hidden = stores[index - 1].read(start, stop).to(model.device)
-            gradient = _pulled_back(model, block, index, hidden, stores[index].read(start, stop))
+            gradient = pulled_back(model, block, index, hidden, stores[index].read(start, stop))
             stores[index - 1].write(start, gradient)
         model.drop_block(index)
     return stores
@@ -70,7 +73,10 @@ def output_gradients(
 def observe_outputs(
     model: OpenModel, block: nn.Module, index: int, inputs: Activations, gradients: Activations, batch: int, *, sites: Collection[str]
 ) -> dict[str, Float[Tensor, "out out"]]:
-    """E[g g^T] over tokens at the output of each of `sites` in block `index`; g is pulled back from `gradients` at the block's output."""
+    """E[g g^T] over tokens at the output of each of `sites` in block `index`; g is pulled back from `gradients` at the block's output.
+
+    What few tokens cannot tell is filled in (see `shrunk`).
+    """
     linears = {name: linear for name, linear in model.linears(block, index).items() if name in sites}
     sums = {name: torch.zeros(linear.out_features, linear.out_features, device=model.device) for name, linear in linears.items()}
     seen = dict.fromkeys(linears, 0)
@@ -91,14 +97,24 @@ def observe_outputs(
     try:
         for start in range(0, gradients.shape[0], batch):
             stop = min(start + batch, gradients.shape[0])
-            _pulled_back(model, block, index, inputs.read(start, stop).to(model.device), gradients.read(start, stop))
+            pulled_back(model, block, index, inputs.read(start, stop).to(model.device), gradients.read(start, stop))
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: total / max(seen[name], 1) for name, total in sums.items()}
+    return {name: shrunk(total / max(seen[name], 1), seen[name]) for name, total in sums.items()}
 
 
-def _pulled_back(
+def shrunk(second: Float[Tensor, "d d"], tokens: int) -> Float[Tensor, "d d"]:
+    """A second moment [d d] of `tokens` samples as if `PRIOR` d more had been seen, alike in all directions and as large on average.
+
+    With as many directions as samples, some look free of cost that are not; rounding would push all its errors there.
+    """
+    more = PRIOR * second.shape[0]
+    even = torch.eye(second.shape[0], device=second.device) * second.diagonal().mean()
+    return (tokens * second + more * even) / (tokens + more)
+
+
+def pulled_back(
     model: OpenModel, block: nn.Module, index: int, hidden: Float[Tensor, "b ctx d"], gradient: Float[Tensor, "b ctx d"]
 ) -> Float[Tensor, "b ctx d"]:
     """The gradient at the input of a block, from that at its output."""

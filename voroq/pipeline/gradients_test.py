@@ -5,7 +5,7 @@ import torch
 
 from voroq.errors import VoroqError
 from voroq.experts import unstack_experts
-from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients
+from voroq.pipeline.gradients import PRIOR, gradient_windows, observe_outputs, output_gradients
 from voroq.pipeline.observe_test import prepared
 from voroq.pipeline.progress import Silent
 from voroq.pipeline.tiny_models_test import CONFIGS
@@ -39,7 +39,9 @@ def literal(model: torch.nn.Module, names: set[str], tokens: torch.Tensor, seed:
     for name, parts in outputs.items():
         gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in parts]
         g = torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]).double() if parts else torch.zeros(0, 1)
-        found[name] = sum((torch.outer(row, row) for row in g), torch.zeros(g.shape[1], g.shape[1])) / max(len(g), 1)
+        second, d = sum((torch.outer(row, row) for row in g), torch.zeros(g.shape[1], g.shape[1])), g.shape[1]
+        even = torch.eye(d) * second.diagonal().mean() / max(len(g), 1)
+        found[name] = (second + PRIOR * d * even) / (len(g) + PRIOR * d)
     return found
 
 

@@ -2,13 +2,12 @@
 
 A `Plan` is a default and rules by name. A `Budget` becomes a plan once the sites are known: it picks, per site, settings from a
 menu so that everything stored ends at or below the bits asked for. Its yardstick is the distortion a Gaussian suffers at the
-menu's settings; sensitivities of sites are not in it.
+menu's settings, times what a unit of it costs at the site: its slope where one was measured (`sensitivity.py`), else its weights.
 """
 
-import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
@@ -17,6 +16,7 @@ from voroq.codebook import presets
 from voroq.errors import VoroqError
 from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ, Method
 from voroq.packed.vptq_format import LEAST_ROW
+from voroq.pipeline.allocation import Choice, spend
 
 Shape = tuple[int, int]
 
@@ -43,14 +43,19 @@ class Budget:
     bits: float
     fixed: tuple[tuple[str, Any], ...] = ()
 
-    def plan(self, sites: Sequence[tuple[str, Shape]], *, float_bits: int = 16) -> Plan:
-        """The plan for `sites`, (name, (out, in)) each. Raises VoroqError where no setting reaches `bits`."""
+    def plan(self, sites: Sequence[tuple[str, Shape]], *, float_bits: int = 16, slopes: Mapping[str, float] | None = None) -> Plan:
+        """The plan for `sites`, (name, (out, in)) each; `slopes` say what a unit of distortion costs each (its number of weights if None).
+
+        Raises VoroqError where no setting reaches `bits`.
+        """
         _check_known(self.method)
-        hulls = {shape: _hull(menu(self.method, dict(self.fixed), shape, float_bits), shape) for _, shape in sites}
+        menus = {shape: menu(self.method, dict(self.fixed), shape, float_bits) for _, shape in sites}
         weights = sum(math.prod(shape) for _, shape in sites)
-        choice = _spend([hulls[shape] for _, shape in sites], self.bits * weights)
+        worth = {name: float(math.prod(shape)) for name, shape in sites} if slopes is None else slopes
+        choice = spend([_sloped(menus[shape], worth[name]) for name, shape in sites], self.bits * weights)
         if choice is None:
-            low, high = (sum(hulls[shape][end].bits for _, shape in sites) / weights for end in (0, -1))
+            ends = [[pick(choice.bits for choice in menus[shape]) for _, shape in sites] for pick in (min, max)]
+            low, high = (sum(end) / weights for end in ends)
             given = "".join(f" with {name}={value}" for name, value in self.fixed)
             raise VoroqError(
                 f"{self.bits:g} bits per weight cannot be reached by {self.method}{given} on this model: {low:.3f} to {high:.3f} can "
@@ -109,25 +114,36 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         raise VoroqError(f"option {key}={text} is not of type {kind.__name__}") from None
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A setting on one shape: the bits it stores, and the distortion a unit Gaussian is expected to suffer, times the weights."""
-
-    method: Method
-    bits: int
-    cost: float
-
-
 def menu(name: str, fixed: dict[str, Any], shape: Shape, float_bits: int) -> list[Choice]:
-    """All settings of a method worth trying on a matrix of `shape`, the `fixed` fields respected."""
+    """All settings of a method worth trying on a matrix of `shape`, the `fixed` fields respected; `cost` is the expected distortion.
+
+    Raises VoroqError where there is none.
+    """
     if name == "pvq":
         found = _pyramid_menu(fixed, shape)
     else:
         found = _vptq_menu(fixed, shape) if name == "vptq" else _grid_menu(METHODS[name], fixed)
-    return [Choice(method, method.stored_bits(shape, float_bits), cost * math.prod(shape)) for method, cost in found]
+    if not found:
+        raise VoroqError(f"no setting of the method fits a matrix of {shape[0]} x {shape[1]}")
+    return [Choice(method, method.stored_bits(shape, float_bits), distortion(method)) for method in found]
 
 
-def _vptq_menu(fixed: dict[str, Any], shape: Shape) -> list[tuple[VPTQ, float]]:
+def distortion(method: VPTQ | PVQ | GPTQ | RTN) -> float:
+    """What a unit Gaussian is expected to suffer: exact to a few percent for pyramids and tables, relative for grids."""
+    if isinstance(method, PVQ):
+        return presets.distortion(method.dim, round(method.bits * method.dim))
+    if isinstance(method, VPTQ):
+        stages = 1.3 * 2.0 ** (-2 * method.residual_bits / method.vector_length) if method.residual_bits else 1.0
+        return gaussian_factor(method.vector_length) * 2.0 ** (-2 * method.table_bits / method.vector_length) * stages
+    # the range of a group grows with the log of its size; the step is range / (2^b - 1)
+    return math.log(method.group_size or 4096) / (2**method.bits - 1) ** 2
+
+
+def _sloped(choices: Sequence[Choice], slope: float) -> list[Choice]:
+    return [replace(choice, cost=choice.cost * slope) for choice in choices]
+
+
+def _vptq_menu(fixed: dict[str, Any], shape: Shape) -> list[VPTQ]:
     lengths = [fixed["vector_length"]] if "vector_length" in fixed else [2, 3, 4, 5, 6, 8, 10, 12, 16]
     # 4096 entries keep a table in a core's own cache and its training in minutes; ask for more by option
     widths = [fixed["table_bits"]] if "table_bits" in fixed else range(3, 13)
@@ -139,13 +155,11 @@ def _vptq_menu(fixed: dict[str, Any], shape: Shape) -> list[tuple[VPTQ, float]]:
                 continue
             if fixed.get("residual_bits", 0) > bits or shape[1] * (bits + fixed.get("residual_bits", 0)) < LEAST_ROW:
                 continue
-            method = VPTQ(**{**fixed, "vector_length": length, "table_bits": bits})
-            stages = 2.0 ** (-2 * bits / length) * (1.3 * 2.0 ** (-2 * method.residual_bits / length) if method.residual_bits else 1.0)
-            found.append((method, gaussian_factor(length) * stages))
+            found.append(VPTQ(**{**fixed, "vector_length": length, "table_bits": bits}))
     return found
 
 
-def _pyramid_menu(fixed: dict[str, Any], shape: Shape) -> list[tuple[PVQ, float]]:
+def _pyramid_menu(fixed: dict[str, Any], shape: Shape) -> list[PVQ]:
     dims = [fixed["dim"]] if "dim" in fixed else presets.dims()
     found = []
     for dim in dims:
@@ -153,20 +167,14 @@ def _pyramid_menu(fixed: dict[str, Any], shape: Shape) -> list[tuple[PVQ, float]
             continue
         for width in presets.widths(dim):
             if "bits" not in fixed or round(fixed["bits"] * dim) == width:
-                found.append((PVQ(**{**fixed, "dim": dim, "bits": width / dim}), presets.distortion(dim, width)))
+                found.append(PVQ(**{**fixed, "dim": dim, "bits": width / dim}))
     return found
 
 
-def _grid_menu(kind: type[GPTQ] | type[RTN], fixed: dict[str, Any]) -> list[tuple[GPTQ | RTN, float]]:
+def _grid_menu(kind: type[GPTQ] | type[RTN], fixed: dict[str, Any]) -> list[GPTQ | RTN]:
     widths = [fixed["bits"]] if "bits" in fixed else range(2, 9)
     groups = [fixed["group_size"]] if "group_size" in fixed else [32, 64, 128, 256, None]
-    found = []
-    for bits in widths:
-        for group in groups:
-            # the range of a group grows with the log of its size; the step is range / (2^b - 1)
-            cost = math.log(group or 4096) / (2**bits - 1) ** 2
-            found.append((kind(**{**fixed, "bits": bits, "group_size": group}), cost))
-    return found
+    return [kind(**{**fixed, "bits": bits, "group_size": group}) for bits in widths for group in groups]
 
 
 @lru_cache
@@ -180,47 +188,3 @@ def gaussian_factor(length: int) -> float:
     share = 0.0 if above == below else (length - below) / (above - below)
     moment = known[below] * (1 - share) + known[above] * share
     return 2 * math.pi * moment * ((length + 2) / length) ** ((length + 2) / 2)
-
-
-def _hull(choices: list[Choice], shape: Shape) -> list[Choice]:
-    """The lower convex hull of (bits, cost), cheapest first."""
-    if not choices:
-        raise VoroqError(f"no setting of the method fits a matrix of {shape[0]} x {shape[1]}")
-    hull: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.bits, c.cost)):
-        if hull and choice.cost >= hull[-1].cost:
-            continue
-        while len(hull) >= 2 and _slope(hull[-2], choice) <= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(choice)
-    return hull
-
-
-def _slope(a: Choice, b: Choice) -> float:
-    return (b.cost - a.cost) / (b.bits - a.bits)
-
-
-def _spend(hulls: list[list[Choice]], budget: float) -> list[Choice] | None:
-    """Per site the point of its hull such that the bits stay within `budget` and the cost is least: best slope first.
-
-    A step that no longer fits closes its site, and the rest of the budget goes to others. None if not even the cheapest fit.
-    """
-    at = [0] * len(hulls)
-    left = budget - sum(hull[0].bits for hull in hulls)
-    if left < 0:
-        return None
-    heap = [(_slope(hull[0], hull[1]), i) for i, hull in enumerate(hulls) if len(hull) > 1]
-    heapq.heapify(heap)
-    while heap:
-        _, i = heapq.heappop(heap)
-        hull, here = hulls[i], at[i]
-        price = hull[here + 1].bits - hull[here].bits
-        if price > left:
-            continue
-        left -= price
-        at[i] += 1
-        if at[i] + 1 < len(hull):
-            heapq.heappush(heap, (_slope(hull[at[i]], hull[at[i] + 1]), i))
-    return [hull[j] for hull, j in zip(hulls, at, strict=True)]
-
-

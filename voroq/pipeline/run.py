@@ -8,7 +8,6 @@ numbers and ends with the same bytes.
 """
 
 import dataclasses
-import math
 import re
 import time
 from collections import defaultdict
@@ -30,19 +29,19 @@ from voroq.packed.format import pack, spec_type, unpack
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
 from voroq.pipeline.calibration import calibration_windows
-from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients
 from voroq.pipeline.finished import put_back, tune_finished
-from voroq.pipeline.memory import peak_memory
+from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import borrow_prior, observe_block, run_block
 from voroq.pipeline.output import Output, check_disk
 from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, prepare
 from voroq.pipeline.progress import Progress, Silent
-from voroq.pipeline.source import Source, open_source
+from voroq.pipeline.source import open_source
 from voroq.pipeline.tokenizer import load_tokenizer
+from voroq.pipeline.totals import described, totals
 from voroq.pipeline.tune import block_batches, tune_block
-from voroq.pipeline.work import SiteJob, describe, resolve_devices, share
+from voroq.pipeline.work import SiteJob, resolve_devices, share
 from voroq.tuning.loop import Tuning
 
 TOKENS_PER_BATCH = 4096
@@ -82,8 +81,6 @@ def quantize_model(
     """
     began = time.perf_counter()
     progress = progress or Silent()
-    if mode not in ("parallel", "sequential"):
-        raise VoroqError(f"mode {mode!r} is unknown; choose parallel or sequential")
     if block_tuning is not None and not block_tuning.steps:
         block_tuning = None
     devices = resolve_devices(device)
@@ -91,12 +88,12 @@ def quantize_model(
     if origin.config.get("quantization_config"):
         raise VoroqError(f"{source} is already quantized (config.json has a quantization_config); give the original model")
     model = open_model(origin, device=devices[0])
-    if tuning is not None and model.skeleton.get_output_embeddings() is None:
-        raise VoroqError(f"{source} has no language model head, so there are no logits to tune towards; leave tuning out")
+    _check_modes(model, mode, hessian, tuning)
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
     check_disk(Path(out), ready.bytes)
     two_sided = _is_two_sided(model, hessian, ready.methods)
-    settings = {**ready.settings, "hessian": "two-sided" if two_sided else "input", "block_tuning": repr(block_tuning), "tuning": repr(tuning)}
+    settings = {**ready.settings, "hessian": "two-sided" if two_sided else "input"}
+    settings |= {"block_tuning": repr(block_tuning), "tuning": repr(tuning)}
     if tuning is not None:
         context = ready.windows.shape[1]
         more, mark = calibration_windows(load_tokenizer(origin), calibration, samples=tuning.samples, context=context, seed=seed)
@@ -109,11 +106,9 @@ def quantize_model(
     tuned = None
     if tuning is not None and tuning.steps:
         entries, tuned = tune_finished(model, output, ready.layout, ready.dtype, entries, more, tuning, seed=seed, progress=progress)
-    report = {
-        "voroq_report": 1,
+    about = {
         "source": str(source),
-        "version": voroq.__version__,
-        **_described(ready.methods),
+        **described(ready.methods),
         "mode": mode,
         "hessian": settings["hessian"],
         "seed": seed,
@@ -122,11 +117,9 @@ def quantize_model(
             "samples": ready.windows.shape[0],
             "context": ready.windows.shape[1],
         },
-        **_totals(origin, entries, began),
-        "block_tuning": [entry["tuned"] for entry in entries if entry.get("tuned")] or None,
-        "tuning": tuned,
-        "settings": settings,
     }
+    found = {**totals(origin, entries, began), "tuning": tuned, "settings": settings}
+    report = {"voroq_report": 1, "version": voroq.__version__, **about, **found}
     specs: dict[str, Spec] = {}
     for entry in entries:
         specs.update({name: spec_type(ready.layout).from_json(data, name) for name, data in entry["specs"].items()})
@@ -135,12 +128,22 @@ def quantize_model(
     return report
 
 
-def _is_two_sided(model: OpenModel, hessian: str, methods: Sequence[Method]) -> bool:
+def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | None) -> None:
+    if mode not in ("parallel", "sequential"):
+        raise VoroqError(f"mode {mode!r} is unknown; choose parallel or sequential")
     if hessian not in ("auto", "input", "two-sided"):
         raise VoroqError(f"hessian {hessian!r} is unknown; choose auto, input or two-sided")
+    if model.skeleton.get_output_embeddings() is not None:
+        return
+    name = model.source.name
+    if hessian == "two-sided":
+        raise VoroqError(f"{name} has no language model head, so there are no gradients of its answers; use --hessian input")
+    if tuning is not None:
+        raise VoroqError(f"{name} has no language model head, so there are no logits to tune towards; leave tuning out")
+
+
+def _is_two_sided(model: OpenModel, hessian: str, methods: Sequence[Method]) -> bool:
     head = model.skeleton.get_output_embeddings() is not None
-    if hessian == "two-sided" and not head:
-        raise VoroqError(f"{model.source.name} has no language model head, so there are no gradients of its answers; use --hessian input")
     return head and hessian != "input" and not all(isinstance(method, ONE_SIDED) for method in methods)
 
 
@@ -296,26 +299,3 @@ def _with_priors(sites: Sequence[Site], moments: dict[str, Moments]) -> tuple[di
         for name in poor:
             notes[name] = (f"saw {moments[name].count} tokens for {columns} input columns; borrowed from its sibling experts",)
     return out, notes
-
-
-def _described(methods: Sequence[Method]) -> dict[str, Any]:
-    """Name and options of the sites' methods; options are {} where there are none or they differ, each site's row has its own."""
-    names = sorted({getattr(method, "__name__", type(method).__name__) for method in methods})
-    uniform = len(set(map(describe, methods))) == 1 and dataclasses.is_dataclass(methods[0])
-    options = {field.name: getattr(methods[0], field.name) for field in dataclasses.fields(methods[0])} if uniform else {}
-    plain = {name: value if isinstance(value, bool | int | float | str | None) else repr(value) for name, value in options.items()}
-    return {"method": ", ".join(names).lower(), "options": plain}
-
-
-def _totals(origin: Source, entries: list[dict[str, Any]], began: float) -> dict[str, Any]:
-    rows = [row for entry in entries for row in entry["sites"]]
-    weights = sum(math.prod(row["shape"]) for row in rows)
-    kept = [name for entry in entries for name in entry["verbatim"]]
-    return {
-        "bits_per_weight": sum(row["bits_per_weight"] * math.prod(row["shape"]) for row in rows) / weights,
-        "seconds": max(time.perf_counter() - began, sum(entry["seconds"] for entry in entries)),
-        "peak_memory": peak_memory(),
-        "sites": rows,
-        "unquantized": [{"name": name, "shape": list(origin.tensors[name].shape)} for name in kept],
-        "shards": {entry["file"]: entry["sha256"] for entry in entries},
-    }

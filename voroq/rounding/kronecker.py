@@ -47,8 +47,8 @@ def kronecker_loss(delta: Matrix, h: Square, g: Float[Tensor, "out out"]) -> Flo
 def feedback(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], *, lazy: int = 128) -> Rounded:
     """Round `w` [out in] under the positive definite `h` [in in] and `g` [out out].
 
-    Row blocks as high as all bands' tiles need (the least common multiple of their rows) are rounded in order. About `lazy` rows are finished before
-    the rest of the matrix is updated; it changes the speed, not the result.
+    Row blocks as high as all bands' tiles need (the least common multiple of their rows) are rounded in order. About `lazy` rows are
+    finished before the rest of the matrix is updated; it changes the speed, not the result.
     """
     out, width = w.shape
     height = math.lcm(*[band.tile.rows for band in bands])

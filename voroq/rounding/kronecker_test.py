@@ -21,7 +21,8 @@ def rng(value: int = 0) -> torch.Generator:
 
 
 def spd(size: int, seed: int) -> torch.Tensor:
-    x = torch.randn(200, size, generator=rng(seed), dtype=torch.float64) @ torch.randn(size, size, generator=rng(seed + 1), dtype=torch.float64)
+    mix = torch.randn(size, size, generator=rng(seed + 1), dtype=torch.float64)
+    x = torch.randn(200, size, generator=rng(seed), dtype=torch.float64) @ mix
     h = x.T @ x / 200 + 0.01 * torch.eye(size)
     return h / h.diagonal().mean()
 

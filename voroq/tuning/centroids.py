@@ -1,8 +1,9 @@
 """Refit of the tables to the proxy loss, codes fixed: a linear least-squares problem, solved by conjugate gradients.
 
 The stored weight is linear in all tables of all bands at once, W(C) = D C, and the loss is tr(G (W - DC) H (W - DC)^T), G the identity
-where there is no metric of the outputs, so the optimum solves  D^T G (D C) H = D^T G W H.  Applying the left side costs one product with H and one sum of the result by code, which is
-what makes a 65536-entry table as easy as one of 16. (GPTVQ's "M step", AQLM's codebook update; solved here instead of descended.)
+where there is no metric of the outputs, so the optimum solves  D^T G (D C) H = D^T G W H.  Applying the left side costs one product
+with H (and G) and one sum of the result by code, which is what makes a 65536-entry table as easy as one of 16. (GPTVQ's "M step",
+AQLM's codebook update; solved here instead of descended.)
 """
 
 from collections.abc import Callable
@@ -29,8 +30,8 @@ def refit(
     g: Float[Tensor, "out out"] | None = None,
     steps: int = 10,
 ) -> tuple[Band, ...]:
-    """`bands` with tables that lower tr(G E H E^T) (G the identity if None) for `w` [out in] in stored order; at most `steps` of conjugate gradients,
-    preconditioned by the diagonal of the normal matrix (the summed diag(H) of a centroid's columns).
+    """`bands` with tables that lower tr(G E H E^T) (G the identity if None) for `w` [out in] in stored order; at most `steps` of
+    conjugate gradients, preconditioned by the diagonal of the normal matrix (the summed diag(H) of a centroid's columns).
 
     Started at the present tables, so the loss never rises beyond rounding. Bands must be tables or residual tables.
     """

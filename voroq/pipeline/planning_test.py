@@ -1,0 +1,107 @@
+"""Sensitivities held against explicit perturbations; plan files there and back."""
+
+import json
+
+import pytest
+import torch
+
+from voroq.errors import VoroqError
+from voroq.experts import unstack_experts
+from voroq.methods import GPTQ, VPTQ
+from voroq.pipeline.gradients import output_gradients
+from voroq.pipeline.observe_test import prepared
+from voroq.pipeline.plan import Budget, Plan, distortion, make_plan
+from voroq.pipeline.planning import plan_model, read_plan
+from voroq.pipeline.progress import Silent
+from voroq.pipeline.run import quantize_model
+from voroq.pipeline.sensitivity import divergences, probe
+from voroq.pipeline.text import DEMO_MODEL
+
+
+def test_divergences_predict_what_a_small_error_costs(tmp_path):
+    """Against the true KL of the perturbed model. One sampled label a token, so the average over many tokens is compared."""
+    whole, tokens, model, states = prepared("Llama", tmp_path, windows=64)
+    stores = output_gradients(model, tokens, states, 2, seed=1, limit=1 << 30, folder=tmp_path, progress=Silent())
+    block = model.load_block(0)
+    names = [site.name for site in model.sites(0)]
+    rng = torch.Generator().manual_seed(2)
+    errors = {name: 0.01 * torch.randn(model.linears(block, 0)[name].weight.shape, generator=rng) for name in names}
+    found = divergences(model, block, 0, states, stores[0], 2, errors)
+    with torch.no_grad():
+        plain = unstack_experts(whole)
+        before = plain(input_ids=tokens).logits.double().log_softmax(-1)
+        for name in names:
+            weight = plain.get_submodule(name).weight
+            weight -= errors[name]
+            after = plain(input_ids=tokens).logits.double().log_softmax(-1)
+            weight += errors[name]
+            true = float((before.exp() * (before - after)).sum(-1).mean())
+            assert found[name] == pytest.approx(true, rel=0.5), name  # labels are a sample, and tokens answer for later ones too
+
+
+def test_probing_weighs_every_site_that_the_plan_rounds(tmp_path):
+    _, tokens, model, _ = prepared("Llama", tmp_path)
+    plan = Plan(VPTQ(vector_length=2, table_bits=4), (("*.down_proj", None),))
+    found = probe(model, plan, tokens, dtype=torch.float32, seed=0, folder=tmp_path, progress=Silent())
+    assert set(found) == {site.name for index in range(3) for site in model.sites(index) if "down_proj" not in site.name}
+    assert all(kl > 0 for kl in found.values())
+
+
+def test_a_plan_spends_its_bits_where_they_are_worth_most_and_survives_its_file(tmp_path):
+    budget = make_plan("vptq", 2.3, {"kmeans_steps": "2", "rounds": "0"})
+    planned = plan_model(DEMO_MODEL, budget, calibration="calibration-c4", samples=4, context=64, device="cpu")
+    assert planned.bits_per_weight <= 2.3
+    planned.write(tmp_path / "plan.json", "demo")
+    again = read_plan(tmp_path / "plan.json")
+    assert again == planned.plan
+    uniform = budget.plan([(row["name"], tuple(row["shape"])) for row in planned.rows])
+    slopes = {row["name"]: row["kl"] / distortion(planned.plan.method_for(row["name"])) for row in planned.rows}
+    cost = {plan: sum(slope * distortion(plan.method_for(name)) for name, slope in slopes.items()) for plan in (uniform, planned.plan)}
+    assert cost[planned.plan] < 0.97 * cost[uniform]
+    assert len({method for _, method in planned.plan.rules}) > 3
+
+
+def test_a_plan_keeps_a_size(tmp_path):
+    budget = make_plan("vptq", 4.0, {"kmeans_steps": "2", "rounds": "0"})
+    planned = plan_model(DEMO_MODEL, budget, size=9_000_000, calibration="calibration-c4", samples=2, context=64, device="cpu")
+    quantize_model(DEMO_MODEL, tmp_path / "out", planned.plan, calibration="calibration-c4", samples=2, context=64, device="cpu")
+    stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 8_800_000 < stored < 9_030_000  # headers are not counted
+    with pytest.raises(VoroqError, match="larger --size"):
+        plan_model(DEMO_MODEL, budget, size=1000, device="cpu")
+
+
+def test_edited_plans(tmp_path):
+    path = tmp_path / "plan.json"
+    sites = [{"name": "*.q_proj", "method": None}, {"name": "*", "method": "gptq", "options": {"bits": 3}, "note": "mine"}]
+    path.write_text(json.dumps({"voroq_plan": 1, "sites": sites}))
+    plan = read_plan(path)
+    assert plan.method_for("a.q_proj") is None and plan.method_for("a.k_proj") == GPTQ(bits=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a plan"),
+        ('{"voroq_plan": 1}', "not a plan"),
+        ('{"voroq_plan": 1, "sites": [{"method": "vptq"}]}', 'needs "name"'),
+        ('{"voroq_plan": 1, "sites": [{"name": "x", "method": "nope"}]}', "unknown method 'nope'"),
+        ('{"voroq_plan": 1, "sites": [{"name": "x", "method": "vptq", "options": []}]}', "must be an object"),
+        ('{"voroq_plan": 1, "sites": [{"name": "x", "method": "vptq", "options": {"tables": 3}}]}', "no option 'tables'"),
+        ('{"voroq_plan": 1, "sites": [{"name": "x", "method": "vptq", "options": {"table_bits": 99}}]}', "out of range"),
+    ],
+)
+def test_broken_plans_are_refused_by_name(tmp_path, text, complaint):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(VoroqError, match=complaint):
+        read_plan(path)
+    with pytest.raises(VoroqError, match="voroq plan"):
+        read_plan(tmp_path / "none.json")
+
+
+def test_what_sets_the_rate_cannot_be_allocated():
+    with pytest.raises(VoroqError, match="nothing to allocate"):
+        plan_model(DEMO_MODEL, make_plan("vptq", None, {"table_bits": "8"}))
+    assert isinstance(make_plan("vptq", 2.0, {}), Budget)

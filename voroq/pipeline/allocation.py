@@ -29,7 +29,7 @@ def spend(menus: Sequence[Sequence[Choice]], budget: float | int) -> list[Choice
     """For every site a choice of its menu, with the least total cost at no more than `budget` bits. None if not even the cheapest fit."""
     menus = [_useful(menu) for menu in menus]
     least = [min(choice.bits for choice in menu) for menu in menus]
-    room = budget - sum(least)
+    room = float(budget - sum(least))
     if room < 0:
         return None
     bits, costs = np.zeros(1), np.zeros(1)

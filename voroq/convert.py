@@ -29,6 +29,7 @@ from voroq.packed.rewrite import can_absorb, current, current_spec
 from voroq.packed.shards import SINGLE, write_index
 from voroq.packed.vptq_format import LEAST_ROW, VptqSpec
 from voroq.pipeline.output import check_disk, copy_companions
+from voroq.report.card import write_converted_card
 from voroq.report.inspect import REPORT, read_report
 
 SHARD_BYTES = 5 * 10**9
@@ -106,6 +107,7 @@ def convert(
     try:
         done.shards.update(_write_shards(made, shards, progress))
         _write_rest(made, folder, plan.config(layout, dtype), done)
+        write_converted_card(made, folder.path, out.name, _changes(done, dtype))
         made.chmod(0o755)
         publish_folder(made, out)
     except OSError as error:
@@ -267,6 +269,15 @@ def _write_shards(folder: Path, shards: list[list[Entry]], progress: Callable[[i
         total = sum(entry.size for entries in shards for entry in entries)
         write_index(folder, weight_map, total)
     return digests
+
+
+def _changes(done: Conversion, dtype: str | None) -> list[str]:
+    """What a reader of the card wants to know, in words."""
+    rounded = "their weights are the same to the bit" if dtype is None else f"real numbers are rounded to {dtype}"
+    if done.layout == "dense":
+        return [f"{done.linears} linears are dense", rounded if dtype else "their weights are the quantized ones in the model's type"]
+    stored = f"{done.changed} of {done.linears} linears were stored otherwise before"
+    return [f"{done.layout} layout", stored, f"{done.absorbed} permutations were absorbed", rounded]
 
 
 def _write_rest(made: Path, folder: Folder, config: dict[str, Any], done: Conversion) -> None:

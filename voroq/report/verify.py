@@ -19,7 +19,7 @@ from voroq.integrations.shapes import linear_shapes, model_defects
 from voroq.packed.base import Spec
 from voroq.packed.checkpoint import Folder, described, listing_defects, value_defects
 from voroq.packed.files import sha256_of
-from voroq.packed.shards import INDEX, SINGLE, TensorInfo, read_header, read_json
+from voroq.packed.shards import INDEX, SINGLE, TensorInfo, is_shard_name, read_header, read_json
 from voroq.report.inspect import REPORT, read_report
 
 
@@ -97,7 +97,7 @@ def _files(path: Path) -> list[Path]:
     except VoroqError:
         named = {}
     if isinstance(named, dict):
-        names |= {name for name in named.values() if isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")}
+        names |= {name for name in named.values() if is_shard_name(name)}
     return sorted(path / name for name in names)
 
 
@@ -133,8 +133,10 @@ def _check_index(path: Path, found: dict[str, TensorInfo], tell: Callable[[str],
     if not isinstance(named, dict):
         tell(f"{path / INDEX}: weight_map must be an object naming a file for each tensor")
         return
+    for file in dict.fromkeys(map(repr, (file for file in named.values() if not is_shard_name(file)))):
+        tell(f"{INDEX} names {file:.80}, which is no safetensors file beside it; move it here, files elsewhere are not read")
     for name, file in named.items():
-        if name not in found or found[name].file.name != file:
+        if is_shard_name(file) and (name not in found or found[name].file.name != file):
             tell(f"tensor {name} is not in {file!r:.80}, though {INDEX} says so")
     for name in found.keys() - named.keys():
         tell(f"tensor {name} of {found[name].file.name} is not in {INDEX}, so loaders do not see it")

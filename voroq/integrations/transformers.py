@@ -42,6 +42,15 @@ class VoroqConfig(QuantizationConfigMixin):
         """Raises FormatError naming module and field for anything out of bounds."""
         return specs_from_config(self.to_dict())
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; their values are shared, for nobody changes them in place, and a large model has hundreds of entries."""
+        return dict(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VoroqConfig":
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        return copy
+
     def become(self, config: dict[str, Any]) -> None:
         self.__dict__.clear()
         self.__dict__.update(config)

@@ -35,7 +35,7 @@ def test_every_base_loads_unharmed_and_every_mutation_changes_something(bases, t
             file.unlink()
     for name, mutate in damage.MUTATIONS:
         changed = 0
-        for seed in range(40):
+        for seed in range(8 * len(bases)):
             files = dict(bases[seed % len(bases)])
             mutate(files, random.Random(seed))
             changed += files != bases[seed % len(bases)]

@@ -23,7 +23,7 @@ from voroq.evaluation.models import DTYPES
 from voroq.integrations.shapes import open_model_folder
 from voroq.packed.base import FLOATS, Packed, Spec
 from voroq.packed.checkpoint import Folder, check_listing, quantization_config
-from voroq.packed.files import Entry, publish_folder, write_json, write_safetensors
+from voroq.packed.files import Entry, Written, publish_folder, write_json, write_safetensors
 from voroq.packed.format import unpack
 from voroq.packed.rewrite import can_absorb, current, current_spec
 from voroq.packed.shards import SINGLE, write_index
@@ -105,8 +105,10 @@ def convert(
     except OSError as error:
         raise VoroqError(f"cannot write {out}: {error.strerror}; choose another OUT") from error
     try:
-        done.shards.update(_write_shards(made, shards, progress))
-        _write_rest(made, folder, plan.config(layout, dtype), done)
+        written = _write_shards(made, shards, progress)
+        done.shards.update({name: shard.sha256 for name, shard in written.items()})
+        checksums = {name: checksum for shard in written.values() for name, checksum in shard.crc32.items()}
+        _write_rest(made, folder, plan.config(layout, dtype), done, checksums)
         write_converted_card(made, folder.path, out.name, _changes(done, dtype))
         made.chmod(0o755)
         publish_folder(made, out)
@@ -256,19 +258,19 @@ def _shards(units: list[list[Entry]], limit: int) -> list[list[Entry]]:
     return shards
 
 
-def _write_shards(folder: Path, shards: list[list[Entry]], progress: Callable[[int, int], None] | None) -> dict[str, str]:
-    """Shards and index; the sha256 of each shard by its name."""
+def _write_shards(folder: Path, shards: list[list[Entry]], progress: Callable[[int, int], None] | None) -> dict[str, Written]:
+    """Shards and index; what was written as each shard, by its name."""
     names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    digests = {}
+    written = {}
     for done, (name, entries) in enumerate(zip(names, shards, strict=True), start=1):
-        digests[name] = write_safetensors(folder / name, entries, {"format": "pt"})
+        written[name] = write_safetensors(folder / name, entries, {"format": "pt"})
         if progress is not None:
             progress(done, len(names))
     if len(names) > 1:
         weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
         total = sum(entry.size for entries in shards for entry in entries)
         write_index(folder, weight_map, total)
-    return digests
+    return written
 
 
 def _changes(done: Conversion, dtype: str | None) -> list[str]:
@@ -280,7 +282,7 @@ def _changes(done: Conversion, dtype: str | None) -> list[str]:
     return [f"{done.layout} layout", stored, f"{done.absorbed} permutations were absorbed", rounded]
 
 
-def _write_rest(made: Path, folder: Folder, config: dict[str, Any], done: Conversion) -> None:
+def _write_rest(made: Path, folder: Folder, config: dict[str, Any], done: Conversion, checksums: dict[str, str]) -> None:
     """Tokenizer and the like, config, report."""
     copy_companions(folder.path, made, code=True)
     write_json(made / "config.json", config)
@@ -288,4 +290,4 @@ def _write_rest(made: Path, folder: Folder, config: dict[str, Any], done: Conver
     about = {key: value for key, value in asdict(done).items() if key not in ("path", "shards")}
     losses = [{"name": row.get("name"), "loss": row.get("loss")} for row in earlier.get("sites", []) if isinstance(row, dict)]
     kept = {"method": earlier["method"], "sites": losses} if "method" in earlier and done.layout != "dense" else {}
-    write_json(made / REPORT, {**kept, "conversion": about, "shards": done.shards})
+    write_json(made / REPORT, {**kept, "conversion": about, "shards": done.shards, "tensors": checksums})

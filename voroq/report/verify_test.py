@@ -77,7 +77,7 @@ DAMAGE = {
     "report": (lambda folder: (folder / "voroq_report.json").write_text("{"), "hashes", "voroq_report.json is damaged"),
     "truncated": (lambda f: shard_of(f, f"{Q}.perm").write_bytes(shard_of(f, f"{Q}.perm").read_bytes()[:-9]), "files", "is truncated"),
     "shard gone": (lambda folder: shard_of(folder, f"{Q}.perm").unlink(), "files", "is missing, though model.safetensors.index"),
-    "bit": (tensor(f"{Q}.weight_scale", lambda t: t.neg()), "hashes", "is not the file that was written"),
+    "bit": (tensor(f"{Q}.weight_scale", lambda t: t.neg()), "hashes", f"differs from voroq_report.json; changed: {Q}.weight_scale"),
     "model": (edited("config.json", lambda c: c.update(num_hidden_layers=1)), "model", "names a linear model.layers.1"),
     "architecture": (edited("config.json", lambda c: c.update(model_type="x", architectures=["X"])), "model", "cannot build the model"),
 }
@@ -109,6 +109,15 @@ def test_leftovers_and_a_missing_index_are_found(folder):
     assert any(f"tensor {Q}.weight of model-" in problem and "loaders do not see it" in problem for problem in found)
     (folder / INDEX).unlink()
     assert any("has no model.safetensors.index.json" in defect.problem for defect in verify_folder(folder).defects)
+
+
+def test_a_changed_file_is_said_with_the_tensors_that_changed(folder):
+    name = shard_of(folder, f"{Q}.perm").name
+    told = f"{name} is not the file that was written: its sha256 differs from voroq_report.json"
+    rewrite(folder, lambda tensors: tensors.update({f"{Q}.perm": tensors.pop(f"{Q}.perm")}), name)  # another order, the same values
+    assert [defect.problem for defect in verify_folder(folder).defects] == [f"{told}; its tensors are as they were"]
+    rewrite(folder, lambda tensors: tensors.update({f"{Q}.perm": tensors[f"{Q}.perm"].flip(0)}), name)
+    assert [defect.problem for defect in verify_folder(folder).defects] == [f"{told}; changed: {Q}.perm"]
 
 
 def test_a_shard_in_a_sub_folder_is_one_defect_and_is_not_loaded(folder):

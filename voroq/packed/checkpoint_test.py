@@ -61,8 +61,9 @@ def test_a_quantization_config_is_found_wherever_it_lies_and_moved_where_transfo
     theirs = [{"bits": 4}, "int8", {"a": {"bits": 4}}, {"a": 3}, [first], None, {}]
     for config in ({}, *({"quant_config": value} for value in theirs)):
         assert checkpoint.quantization_of(config) is None and checkpoint.with_quantization_config(config) is config
-    other = {"llm_config": {"quantization_config": {"quant_method": "awq"}}}
-    assert checkpoint.with_quantization_config(other) is other
+    for method in ("awq", [], None):
+        other = {"llm_config": {"quantization_config": {"quant_method": method}}}
+        assert checkpoint.with_quantization_config(other) is other
 
 
 def test_full_names_come_before_shared_tails():

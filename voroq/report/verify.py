@@ -171,7 +171,7 @@ def _hashes(path: Path, tensors: dict[str, TensorInfo], tell: Callable[[str], No
 
 def _changed(infos: list[TensorInfo], checksums: Any) -> str:
     """Which of the tensors of a changed file are not what was written, where the report has their checksums."""
-    if not isinstance(checksums, dict) or not infos:
+    if not isinstance(checksums, dict) or not checksums or not infos:
         return ""
     names = [info.name for info in infos if info.name not in checksums or _crc32(info) != checksums[info.name]]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -118,6 +118,8 @@ def test_a_changed_file_is_said_with_the_tensors_that_changed(folder):
     assert [defect.problem for defect in verify_folder(folder).defects] == [f"{told}; its tensors are as they were"]
     rewrite(folder, lambda tensors: tensors.update({f"{Q}.perm": tensors[f"{Q}.perm"].flip(0)}), name)
     assert [defect.problem for defect in verify_folder(folder).defects] == [f"{told}; changed: {Q}.perm"]
+    edited("voroq_report.json", lambda report: report.pop("tensors"))(folder)
+    assert [defect.problem for defect in verify_folder(folder).defects] == [told]
 
 
 def test_a_shard_in_a_sub_folder_is_one_defect_and_is_not_loaded(folder):

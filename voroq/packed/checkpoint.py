@@ -55,7 +55,8 @@ def with_quantization_config(config: dict[str, Any]) -> dict[str, Any]:
     transformers also looks into `text_config`, so nothing is moved from there.
     """
     found, parts = quantization_of(config), _parts(config, "text_config")
-    if not isinstance(found, dict) or found.get("quant_method") not in tuple(_MARKS) or any(part.get("quantization_config") for part in parts):
+    ours = isinstance(found, dict) and found.get("quant_method") in tuple(_MARKS)
+    if not ours or any(part.get("quantization_config") for part in parts):
         return config
     return {name: value for name, value in config.items() if name != "quant_config"} | {"quantization_config": found}
 

@@ -2,15 +2,18 @@
 
 Random blocks of true size (hidden 4096, inner 14336, 32 heads, 8 key-value heads; v = 8, k = 65536, r = 256, normalisation and
 permutation) in one shard each, and an outer shard (a vocabulary of 32768). 32 blocks are the whole model; fewer show what is fixed cost.
-Every run is a process of its own. `cold` files were dropped from the system's cache before each run, so both wait for the disk; `warm`
+Every run is a process of its own. `cold` files were dropped from the system's cache before each run, so all wait for the disk; `warm`
 ones were just read, and what remains is memory speed against the fixed cost of building a model in transformers:
 
-* safetensors: every tensor of every shard with `safetensors.torch.load_file`;
-* voroq: `voroq.load`, which checks names, shapes, codes, permutations and finite numbers on the way.
+* read: safetensors reads every tensor of every shard into memory of its own (`safe_open(..., backend="pread")`);
+* voroq: `voroq.load`, which checks names, shapes, codes, permutations and finite numbers on the way;
+* map, to know what lies below both: `safetensors.torch.load_file`, which copies nothing, but hands out pages of the system's cache.
 
-Files are mapped and their bytes come in when they are touched, so both end with a pass over every tensor; `map_s` and `load_s` are the
-times before that. The time of imports is not counted; the peak is of the resident set (mapped files included) less what imports take.
-Linux only.
+`ratio` compares voroq with read: "the time safetensors needs to read the same bytes". `map_ratio` compares it with map; from a warm cache
+no loader that builds a model and looks at values comes near 1 there, for next to nothing is done to the bytes. voroq's tensors are
+mapped, too, and their bytes come in when they are touched, so all three end with a pass over every tensor, which is counted; `load_s` is
+voroq's time before that. `cpu_ratio` is `ratio` in seconds of processor time, which other work on the machine moves less. The time of
+imports is not counted; the peak is of the resident set (mapped files included) less what imports take. Linux only.
 
     python benchmarks/load.py --json benchmarks/results/load.json
 """
@@ -39,6 +42,7 @@ RUN = """
 import json, sys, time
 from pathlib import Path
 import torch, voroq
+from safetensors import safe_open
 from safetensors.torch import load_file
 from voroq.pipeline.memory import peak_memory
 import transformers.models.llama.modeling_llama
@@ -47,25 +51,34 @@ voroq.load
 torch.set_num_threads(1)
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
 base = peak_memory()["rss"]
-began = time.perf_counter()
-if sys.argv[1] == "safetensors":
-    tensors = {}
-    for file in sorted(Path(sys.argv[2]).glob("*.safetensors")):
-        tensors.update(load_file(file))
+reader, folder = sys.argv[1:]
+shards, tensors = sorted(Path(folder).glob("*.safetensors")), {}
+began, cpu = time.perf_counter(), time.process_time()
+if reader == "map":
+    for shard in shards:
+        tensors.update(load_file(shard))
+elif reader == "read":
+    for shard in shards:
+        with safe_open(shard, framework="pt", backend="pread") as file:
+            tensors.update((name, file.get_tensor(name)) for name in file.keys())
 else:
-    model, tokenizer = voroq.load(sys.argv[2], device="cpu")
+    model, tokenizer = voroq.load(folder, device="cpu")
     tensors = model.state_dict()
 loaded = time.perf_counter() - began
 for tensor in tensors.values():
     tensor.reshape(-1).view(torch.uint8).view(-1)[: tensor.nbytes // 8 * 8].view(torch.int64).sum()
-seconds = time.perf_counter() - began
-print(json.dumps({"loaded": loaded, "seconds": seconds, "peak": peak_memory()["rss"] - base}))
+seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+print(json.dumps({"loaded": loaded, "seconds": seconds, "cpu": cpu, "peak": peak_memory()["rss"] - base}))
 """
+READERS = ("read", "map", "voroq")
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--blocks", type=int, nargs="+", default=(2, 8, 32))
     args = parser.parse_args()
-    counts = (1, 2) if args.quick else (2, 8, 32)
+    counts = (1, 2) if args.quick else args.blocks
     shape = {"hidden": 512, "inner": 1024, "k": 4096} if args.quick else {"hidden": 4096, "inner": 14336, "k": 65536}
     rows = []
     for count in counts:
@@ -73,8 +86,8 @@ def main() -> None:
             make(Path(folder), count, **shape)
             sizes = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
             for cache in ("warm", "cold"):
-                runs = {"safetensors": [], "voroq": []}
-                for _ in range(args.repeats):  # in turn, so that what else the machine does meets both
+                runs = {reader: [] for reader in READERS}
+                for _ in range(args.repeats):  # in turn, so that what else the machine does meets all
                     for reader, done in runs.items():
                         prepare(Path(folder), cache)
                         done.append(read(reader, folder))
@@ -83,10 +96,11 @@ def main() -> None:
 
 
 def row(runs: dict[str, list[dict[str, float]]], size: int, shard: int) -> dict[str, float]:
-    theirs, ours = ({key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]} for name in ("safetensors", "voroq"))
-    return {"files_gb": size / 1e9, "map_s": theirs["loaded"], "load_s": ours["loaded"], "safetensors_s": theirs["seconds"],
-            "voroq_s": ours["seconds"], "time_ratio": ours["seconds"] / theirs["seconds"], "peak_gb": ours["peak"] / 1e9,
-            "files_and_shard_gb": (size + shard) / 1e9, "memory_ratio": ours["peak"] / (size + shard)}  # fmt: skip
+    read, mapped, ours = ({key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]} for name in READERS)
+    return {"files_gb": size / 1e9, "read_s": read["seconds"], "map_s": mapped["seconds"], "load_s": ours["loaded"],
+            "voroq_s": ours["seconds"], "ratio": ours["seconds"] / read["seconds"], "map_ratio": ours["seconds"] / mapped["seconds"],
+            "cpu_ratio": ours["cpu"] / read["cpu"], "peak_gb": ours["peak"] / 1e9, "files_and_shard_gb": (size + shard) / 1e9,
+            "memory_ratio": ours["peak"] / (size + shard)}  # fmt: skip
 
 
 def prepare(folder: Path, cache: str) -> None:

@@ -3,7 +3,8 @@
     voroq.quantize_model(source, out, plan)          model, tokenizer = voroq.load(out)
 
 `import voroq` loads neither torch nor transformers; names are imported on first use. It makes transformers load our folders:
-at once when transformers is there already, otherwise at the moment transformers imports its table of quantizers.
+at once when transformers is there already, otherwise at the moment transformers imports its config reader and its table of
+quantizers.
 """
 
 import sys
@@ -46,21 +47,26 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-_TABLE = "transformers.quantizers.auto"
+_STEPS = {
+    "transformers.configuration_utils": "voroq.integrations.configs",
+    "transformers.quantizers.auto": "voroq.integrations.transformers",
+}
+"""Modules of transformers, and ours that has something to add to each."""
 
 
 class _AfterImport:
-    """Finder that registers our loader right after `transformers.quantizers.auto` is imported, and does nothing else.
+    """Finder that imports `ours` right after transformers' module `theirs` is imported, and does nothing else.
 
-    Importing that module ourselves costs seconds, so we wait for whoever needs it; every way into `from_pretrained` passes it.
-    The finder lets the usual finders locate the module and adds a step to the loader they found; once the module has run, the
+    Importing transformers ourselves costs seconds, so we wait for whoever needs it; every way into `from_pretrained` passes both
+    modules. The finder lets the usual finders locate the module and adds a step to the loader they found; once the module has run, the
     original loader is in its place and the finder is out of `sys.meta_path`.
     """
 
-    looking = False
+    def __init__(self, theirs: str, ours: str) -> None:
+        self.theirs, self.ours, self.looking = theirs, ours, False
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _TABLE or self.looking:
+        if fullname != self.theirs or self.looking:
             return None
         self.looking = True  # the search below comes here again
         try:
@@ -68,12 +74,12 @@ class _AfterImport:
         finally:
             self.looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader, self)
+            spec.loader = _Followed(spec.loader, self)
         return spec
 
 
-class _Registering:
-    """The loader of the quantizer table, followed by our registration."""
+class _Followed:
+    """The loader of a module of transformers, followed by our step."""
 
     def __init__(self, loader: Any, finder: _AfterImport) -> None:
         self.loader, self.finder = loader, finder
@@ -87,10 +93,11 @@ class _Registering:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         sys.meta_path.remove(self.finder)
-        import_module("voroq.integrations.transformers")
+        import_module(self.finder.ours)
 
 
-if _TABLE in sys.modules:
-    import_module("voroq.integrations.transformers")
-else:
-    sys.meta_path.insert(0, _AfterImport())
+for _theirs, _ours in _STEPS.items():
+    if _theirs in sys.modules:
+        import_module(_ours)
+    else:
+        sys.meta_path.insert(0, _AfterImport(_theirs, _ours))

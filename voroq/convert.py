@@ -23,12 +23,13 @@ from voroq.evaluation.models import DTYPES
 from voroq.integrations.shapes import open_model_folder
 from voroq.packed.base import FLOATS, Packed, Spec
 from voroq.packed.checkpoint import Folder, check_listing, quantization_config
-from voroq.packed.files import Entry, publish_folder, write_json, write_safetensors
+from voroq.packed.files import Entry, Written, publish_folder, write_json, write_safetensors
 from voroq.packed.format import unpack
 from voroq.packed.rewrite import can_absorb, current, current_spec
 from voroq.packed.shards import SINGLE, write_index
 from voroq.packed.vptq_format import LEAST_ROW, VptqSpec
 from voroq.pipeline.output import check_disk, copy_companions
+from voroq.report.card import write_converted_card
 from voroq.report.inspect import REPORT, read_report
 
 SHARD_BYTES = 5 * 10**9
@@ -104,8 +105,11 @@ def convert(
     except OSError as error:
         raise VoroqError(f"cannot write {out}: {error.strerror}; choose another OUT") from error
     try:
-        done.shards.update(_write_shards(made, shards, progress))
-        _write_rest(made, folder, plan.config(layout, dtype), done)
+        written = _write_shards(made, shards, progress)
+        done.shards.update({name: shard.sha256 for name, shard in written.items()})
+        checksums = {name: checksum for shard in written.values() for name, checksum in shard.crc32.items()}
+        _write_rest(made, folder, plan.config(layout, dtype), done, checksums)
+        write_converted_card(made, folder.path, out.name, _changes(done, dtype))
         made.chmod(0o755)
         publish_folder(made, out)
     except OSError as error:
@@ -254,22 +258,31 @@ def _shards(units: list[list[Entry]], limit: int) -> list[list[Entry]]:
     return shards
 
 
-def _write_shards(folder: Path, shards: list[list[Entry]], progress: Callable[[int, int], None] | None) -> dict[str, str]:
-    """Shards and index; the sha256 of each shard by its name."""
+def _write_shards(folder: Path, shards: list[list[Entry]], progress: Callable[[int, int], None] | None) -> dict[str, Written]:
+    """Shards and index; what was written as each shard, by its name."""
     names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    digests = {}
+    written = {}
     for done, (name, entries) in enumerate(zip(names, shards, strict=True), start=1):
-        digests[name] = write_safetensors(folder / name, entries, {"format": "pt"})
+        written[name] = write_safetensors(folder / name, entries, {"format": "pt"})
         if progress is not None:
             progress(done, len(names))
     if len(names) > 1:
         weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
         total = sum(entry.size for entries in shards for entry in entries)
         write_index(folder, weight_map, total)
-    return digests
+    return written
 
 
-def _write_rest(made: Path, folder: Folder, config: dict[str, Any], done: Conversion) -> None:
+def _changes(done: Conversion, dtype: str | None) -> list[str]:
+    """What a reader of the card wants to know, in words."""
+    rounded = "their weights are the same to the bit" if dtype is None else f"real numbers are rounded to {dtype}"
+    if done.layout == "dense":
+        return [f"{done.linears} linears are dense", rounded if dtype else "their weights are the quantized ones in the model's type"]
+    stored = f"{done.changed} of {done.linears} linears were stored otherwise before"
+    return [f"{done.layout} layout", stored, f"{done.absorbed} permutations were absorbed", rounded]
+
+
+def _write_rest(made: Path, folder: Folder, config: dict[str, Any], done: Conversion, checksums: dict[str, str]) -> None:
     """Tokenizer and the like, config, report."""
     copy_companions(folder.path, made, code=True)
     write_json(made / "config.json", config)
@@ -277,4 +290,4 @@ def _write_rest(made: Path, folder: Folder, config: dict[str, Any], done: Conver
     about = {key: value for key, value in asdict(done).items() if key not in ("path", "shards")}
     losses = [{"name": row.get("name"), "loss": row.get("loss")} for row in earlier.get("sites", []) if isinstance(row, dict)]
     kept = {"method": earlier["method"], "sites": losses} if "method" in earlier and done.layout != "dense" else {}
-    write_json(made / REPORT, {**kept, "conversion": about, "shards": done.shards})
+    write_json(made / REPORT, {**kept, "conversion": about, "shards": done.shards, "tensors": checksums})

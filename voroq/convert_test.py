@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from voroq.convert import convert
 from voroq.errors import FormatError, VoroqError
-from voroq.integrations.conftest import tiny, write_model
-from voroq.integrations.legacy_test import TOKENS, config_of, logits, make_old, write_gptqmodel, write_llava
+from voroq.integrations.conftest import config_of, make_old, tiny, write_gptqmodel, write_model
+from voroq.integrations.legacy_test import TOKENS, logits, write_llava
 from voroq.integrations.shapes import open_model_folder
 from voroq.integrations.transformers import quant_linears
 from voroq.packed.checkpoint import open_folder, read_packed
@@ -105,6 +105,34 @@ def test_shards_are_as_large_as_asked_and_listed(tmp_path):
     again = convert(tmp_path / "new", tmp_path / "again")
     assert list(again.shards) == ["model.safetensors"]
     assert_same_weights(weights(tmp_path / "m"), weights(tmp_path / "again"))
+
+
+CARD = "---\nlicense: mit\nbase_model: org/original\ntags: [secret]\n---\n# Old\n"
+
+
+def test_the_card_keeps_the_license_and_says_what_was_done_and_how_to_load(tmp_path):
+    write_model(tmp_path / "m", "llama", "vptq")
+    (tmp_path / "m" / "README.md").write_text(CARD)
+    write_json(tmp_path / "m" / "voroq_report.json", {"method": "vptq", "seed": 7, "source": "/home/me/secret"})
+    convert(tmp_path / "m", tmp_path / "new", dtype="float16")
+    convert(tmp_path / "m", tmp_path / "plain", to="dense")
+    new, plain = ((tmp_path / name / "README.md").read_text() for name in ("new", "plain"))
+    for card in (new, plain):
+        assert "license: mit" in card and "base_model: org/original" in card and "secret" not in card
+        assert "- seed: 7" in card and "None" not in card and str(tmp_path) not in card
+    assert "library_name: voroq" in new and 'voroq.load("new")' in new and "vptq layout; 0 of 14 linears were stored otherwise" in new
+    assert "real numbers are rounded to float16" in new and "bits per weight" in new
+    assert "library_name: transformers" in plain and 'from_pretrained("plain")' in plain
+    assert "import voroq" not in plain and "14 linears are dense" in plain and "bits per weight" not in plain
+
+
+def test_folders_without_a_card_get_one_that_claims_nothing(tmp_path):
+    packed = write_model(tmp_path / "old", "qwen2", "vptq")
+    make_old(tmp_path / "old", packed)
+    convert(tmp_path / "old", tmp_path / "new")
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "license" not in card and "base_model" not in card and "method" not in card and "None" not in card
+    assert "14 of 14 linears were stored otherwise before; 0 permutations were absorbed; their weights are the same to the bit." in card
 
 
 def test_the_native_layout_is_sharded_anew_and_made_dense(tmp_path):

@@ -76,7 +76,8 @@ def verify(model: options.Model, revision: options.Revision = None, as_json: opt
     """Check everything about the files of MODEL and list all that is wrong: headers, shapes, codes, numbers, hashes, missing tensors.
 
     The exit code is 0 if all is well, 1 if there are defects, 2 if MODEL is no model folder. Every tensor is read once, none is computed
-    with. Hashes are compared where voroq wrote the folder (voroq_report.json).
+    with. Hashes are compared where voroq wrote the folder (voroq_report.json). Files in sub-folders are no part of a model: an index that
+    names one is a defect.
 
     [bold]Examples[/]
 

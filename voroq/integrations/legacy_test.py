@@ -1,23 +1,32 @@
 """Folders in older layouts load, compute what the same folder in the current layout does, and are saved in the current one."""
 
-import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+)
 
 import voroq
 from voroq.errors import FormatError
-from voroq.integrations.conftest import SIZES, write_model, write_tokenizer
+from voroq.integrations.conftest import SIZES, config_of, make_first, make_old, tiny, write_gptqmodel, write_model, write_tokenizer
 from voroq.integrations.shapes import model_defects, open_model_folder
 from voroq.integrations.transformers import quant_linears
 from voroq.packed.checkpoint import quantization_config
 from voroq.packed.conftest import random_vptq, rewrite
 from voroq.packed.files import Entry, write_json, write_safetensors
 from voroq.packed.format import pack, unpack
-from voroq.packed.gptqmodel_test import CONFIG as GPTQMODEL
-from voroq.packed.legacy import OldSpec
 
 TOKENS = torch.arange(3, 19)[None]
 ON_CPU = ["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
@@ -26,22 +35,6 @@ PLACES = {"model.layers.0": "disk", **dict.fromkeys(ON_CPU, "cpu")}
 
 def logits(path, **kwargs):
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)(TOKENS).logits
-
-
-def config_of(path):
-    return json.loads((path / "config.json").read_text())
-
-
-def make_old(path, packed, *, unpacked=True, floats=False):
-    """Rewrite the folder in the layout of old writers."""
-    config, tensors = config_of(path), {}
-    for name, current in packed.items():
-        old = OldSpec(current.spec, unpacked, floats)
-        tensors |= {f"{name}.{local}": tensor for local, tensor in old.pack(unpack(current), torch.bfloat16).items()}
-        entry = config["quantization_config"]["config_for_layers"][name]
-        config["quantization_config"]["config_for_layers"][name] = old.to_json(bias=entry["bias"]) | {"enable_proxy_error": False}
-    rewrite(path, lambda there: there.update(tensors))
-    write_json(path / "config.json", config)
 
 
 @pytest.mark.parametrize("floats", [False, True])
@@ -71,18 +64,82 @@ def test_unpacked_layers_may_be_offloaded(tmp_path, floats, monkeypatch):
     assert torch.equal(logits(tmp_path / "m", device_map="auto"), expected)
 
 
-def test_the_first_releases_config_is_found_by_the_front_door(tmp_path):
-    packed = write_model(tmp_path, "llama", "vptq")
-    expected = logits(tmp_path)
-    make_old(tmp_path, packed, unpacked=False)
-    config = config_of(tmp_path)
-    config["quant_config"] = config.pop("quantization_config")["config_for_layers"]
-    write_json(tmp_path / "config.json", config)
+def first_release(path, *, kind="llama"):
+    """A folder whose config says `quant_config`, and the logits of the same model in the current layout."""
+    packed = write_model(path, kind, "vptq")
+    expected = logits(path)
+    make_first(path, packed)
+    return expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_first_releases_load_through_both_doors(tmp_path, kind):
+    expected = first_release(tmp_path, kind=kind)
     model, _ = voroq.load(tmp_path, device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(quant_linears(plain)) == len(quant_linears(model)) > 0
+    assert torch.equal(model(TOKENS).logits, expected) and torch.equal(plain(TOKENS).logits, expected)
+    for again in (model, plain):
+        again.save_pretrained(tmp_path / "saved")
+        config = config_of(tmp_path / "saved")
+        assert "quant_config" not in config and config["quantization_config"]["quant_method"] == "vptq"
+        assert torch.equal(logits(tmp_path / "saved"), expected)
+
+
+def test_the_first_releases_load_whatever_way_their_config_is_read(tmp_path):
+    expected = first_release(tmp_path)
+    for config in (AutoConfig.from_pretrained(tmp_path), LlamaConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(str(tmp_path))):
+        assert not hasattr(config, "quant_config")
+        assert torch.equal(logits(tmp_path, config=config), expected)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, device_map="auto", low_cpu_mem_usage=True)
     assert torch.equal(model(TOKENS).logits, expected)
-    model.save_pretrained(tmp_path / "saved")
-    assert "quant_config" not in config_of(tmp_path / "saved")
-    assert torch.equal(logits(tmp_path / "saved"), expected)
+
+
+SCRIPT = """
+import sys
+{imports}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert type(model.model.layers[0].self_attn.q_proj).__name__ == "QuantLinear", type(model.model.layers[0].self_attn.q_proj)
+assert not [f for f in sys.meta_path if type(f).__name__ == "_AfterImport"]
+"""
+ORDERS = {
+    "voroq first": "import voroq\nfrom transformers import AutoModelForCausalLM",
+    "transformers first": "from transformers import AutoModelForCausalLM\nimport voroq",
+    "config first": "import voroq\nfrom transformers import AutoConfig, AutoModelForCausalLM\nAutoConfig.from_pretrained(sys.argv[1])",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_first_releases_load_in_a_fresh_process(tmp_path, order):
+    """Here the config is read before transformers' table of quantizers is imported."""
+    first_release(tmp_path)
+    script = SCRIPT.format(imports=ORDERS[order])
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+FOREIGN = [{"quant_config": {"w_bit": 4}}, {"quant_config": "int8"}, {"quant_config": {"a": {"bits": 4}}}, {"quant_config": None}, {}]
+
+
+@pytest.mark.parametrize("fields", FOREIGN)
+def test_another_quant_config_is_left_alone(tmp_path, fields):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    config = config_of(tmp_path) | fields
+    write_json(tmp_path / "config.json", config)
+    assert AutoConfig.from_pretrained(tmp_path).to_dict().get("quant_config") == fields.get("quant_config")
+    assert torch.equal(logits(tmp_path), model(TOKENS).logits)
+    read, _ = PreTrainedConfig.get_config_dict(tmp_path)
+    assert {name: value for name, value in read.items() if name in config} == config
+
+
+def test_quantized_tensors_without_a_config_are_refused(tmp_path):
+    for number, layout in enumerate(["vptq", "voroq"]):
+        path = tmp_path / str(number)
+        write_model(path, "llama", layout)
+        write_json(path / "config.json", {name: value for name, value in config_of(path).items() if name != "quantization_config"})
+        with pytest.raises(FormatError, match=r"config.json: model.layers.* is stored quantized .*no quantization_config"):
+            voroq.load(path, device="cpu")
 
 
 def write_llava(path):
@@ -120,28 +177,6 @@ def test_a_config_nested_in_a_text_config(tmp_path):
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "m")
     assert torch.equal(plain(TOKENS).logits, model(TOKENS).logits)
-
-
-def write_gptqmodel(path):
-    """A folder as GPTQModel writes it, made from the current layout."""
-    steps, shared = ("affine", "permute"), {"v": 2, "sizes": (8, 4), "groups": 2, "outliers": (2, 3, 4)}
-    packed = write_model(path, "qwen2", "vptq")
-    linears = {name: random_vptq(*p.spec.shape, seed, steps=steps, **shared) for seed, (name, p) in enumerate(packed.items())}
-    made = {name: pack(q, torch.bfloat16, "vptq") for name, q in linears.items()}
-
-    def change(tensors):
-        for name in list(tensors):
-            owner = next((site for site in packed if name.startswith(f"{site}.") and not name.endswith("proj.bias")), None)
-            if owner is not None:
-                del tensors[name]
-        for name, p in made.items():
-            for local, tensor in p.tensors.items():
-                tensors[f"{name}.{local}"] = tensor.int() if local in ("perm", "outlier_indices") else tensor
-
-    rewrite(path, change)
-    entry = {"vector_lens": [3, 2], "num_centroids": [4, 8], "num_res_centroids": [-1, 4], "npercent": 4.0, "group_num": 2}
-    write_json(path / "config.json", config_of(path) | {"quantization_config": GPTQMODEL | entry})
-    return made
 
 
 def test_gptqmodel_folders_load_and_are_saved_as_official_ones(tmp_path):

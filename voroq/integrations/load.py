@@ -4,18 +4,15 @@ Whatever is wrong with a folder is found and named before the model computes any
 names against the model's skeleton and values after reading in `voroq.integrations.transformers`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from voroq.errors import FormatError, VoroqError
+from voroq.integrations.calling import first_line, model_class, quiet
 from voroq.integrations.transformers import register
 from voroq.packed.checkpoint import Folder, described, quantization_of
 from voroq.packed.hub import locate
@@ -43,21 +40,19 @@ def load(
     path = locate(folder_or_id, trust_remote_code=trust_remote_code)
     folder = check_folder(path)
     read_ahead(sorted({info.file for info in folder.tensors.values()}))
-    model_class = _model_class(folder.config)
-    with _quiet():
+    kind = model_class(folder.config)
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         except Exception as error:  # the tokenizers package raises nothing narrower for a damaged file
-            raise VoroqError(f"{folder_or_id} has no tokenizer that transformers can read: {_first_line(error)}") from error
+            raise VoroqError(f"{folder_or_id} has no tokenizer that transformers can read: {first_line(error)}") from error
         try:
             options = {"dtype": dtype or "auto", "device_map": place, "trust_remote_code": trust_remote_code}
-            if folder.specs is not None and "quantization_config" not in folder.config:
-                options["config"] = _config_with_quantization(folder, trust_remote_code=trust_remote_code)
-            model = model_class.from_pretrained(path, **options)
+            model = kind.from_pretrained(path, **options)
         except VoroqError:
             raise
         except Exception as error:  # a config that makes no sense fails in transformers with whatever it comes to
-            raise VoroqError(f"{folder_or_id} cannot be loaded: {_first_line(error)}") from error
+            raise VoroqError(f"{folder_or_id} cannot be loaded: {first_line(error)}") from error
     if dequantize and folder.specs is not None:
         model = model.dequantize()
     return model.eval(), tokenizer
@@ -74,10 +69,8 @@ def check_folder(path: Path) -> Folder:
     quantization = quantization_of(config)
     tensors = tensors_in(path)
     _check_depth(path, config, len(tensors))
-    if quantization is None:
-        return Folder(path, config, None, tensors)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method not in ("vptq", "voroq"):
+    if quantization is not None and method not in ("vptq", "voroq"):
         raise VoroqError(f"{path} is quantized with {method!r:.60}; voroq loads vptq, voroq and models that are not quantized")
     try:
         return described(path, config, tensors)
@@ -93,15 +86,6 @@ def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
                 raise FormatError(f"{path / 'config.json'}: {name} is {value!r:.60}, the files hold only {tensors} tensors")
 
 
-def _config_with_quantization(folder: Folder, *, trust_remote_code: bool) -> PreTrainedConfig:
-    """The model's config with its quantization config where transformers looks for it; older files have it elsewhere."""
-    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
-    config.quantization_config = quantization_of(folder.config)
-    if hasattr(config, "quant_config"):
-        del config.quant_config
-    return config
-
-
 def _device_map(device: str) -> Any:
     if device == "auto":
         return "auto" if torch.cuda.is_available() else {"": "cpu"}
@@ -112,30 +96,3 @@ def _device_map(device: str) -> Any:
     if kind == "cuda" and not torch.cuda.is_available():
         raise VoroqError("no CUDA device was found; use device cpu, or install a torch build for your GPU")
     return {"": device}
-
-
-def _model_class(config: dict[str, Any]) -> Any:
-    """The class that was saved, or a causal language model where transformers has no class of that name (remote code)."""
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else ""
-    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else AutoModelForCausalLM
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0]:.300}" if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars or load reports from transformers: what is wrong is raised, not logged."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import voroq
 from voroq.errors import FormatError, VoroqError
@@ -119,3 +119,13 @@ def test_a_linear_without_an_entry_is_refused_whatever_class_the_model_opens_as(
     write_json(tmp_path / "config.json", config | {"architectures": ["Unheard"]})
     with pytest.raises(FormatError, match=f"{name} is stored quantized .*no entry for it"):
         voroq.load(tmp_path, device="cpu")
+
+
+def test_pickled_weights_are_not_opened(tmp_path):
+    write_model(tmp_path, "llama", "vptq")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(VoroqError, match="a model folder with safetensors weights is needed"):
+        voroq.load(tmp_path, device="cpu")
+    with pytest.raises(FormatError, match=r"pytorch_model\.bin: only safetensors files are read"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

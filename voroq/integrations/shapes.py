@@ -10,9 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from voroq.errors import FormatError, VoroqError
+from voroq.integrations.calling import first_line, model_class, quiet
 from voroq.integrations.compat import names_in_model
-from voroq.integrations.load import _first_line, _model_class, _quiet
-from voroq.integrations.transformers import VoroqConfig, VoroqQuantizer, _place, _unstacked
+from voroq.integrations.places import linear_at, place_of
+from voroq.integrations.transformers import VoroqConfig, VoroqQuantizer
 from voroq.packed.checkpoint import Folder, open_folder, quantization_of
 
 
@@ -28,7 +29,7 @@ def linear_shapes(folder: Folder, names: list[str]) -> dict[str, tuple[int, int]
     model, shapes = skeleton(folder), {}
     renamed = names_in_model(model, [f"{name}.weight" for name in names])
     for name in names:
-        module = _unstacked(model, _place(model, name, renamed[f"{name}.weight"].removesuffix(".weight")), {})
+        module = linear_at(model, place_of(model, name, renamed[f"{name}.weight"].removesuffix(".weight")), {})
         if not isinstance(module, nn.Linear):
             raise FormatError(f"{folder.path}: {name} is stored quantized, but the model ({type(model).__name__}) has no such linear")
         shapes[name] = tuple(module.weight.shape)
@@ -58,12 +59,12 @@ def model_defects(folder: Folder) -> list[str]:
 def skeleton(folder: Folder) -> Any:
     """The model of a folder's config, as if it were not quantized, on meta. Raises VoroqError for a config transformers does not know."""
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder.path)
             for part in (config, config.get_text_config(decoder=True)):
                 if hasattr(part, "quantization_config"):
                     del part.quantization_config
-            kind = _model_class(folder.config)
+            kind = model_class(folder.config)
             return kind.from_config(config) if kind is AutoModelForCausalLM else kind._from_config(config)
     except Exception as error:  # a config that makes no sense fails in transformers with whatever it comes to
-        raise VoroqError(f"{folder.path / 'config.json'}: transformers cannot build the model: {_first_line(error)}") from error
+        raise VoroqError(f"{folder.path / 'config.json'}: transformers cannot build the model: {first_line(error)}") from error

@@ -18,10 +18,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from voroq.errors import FormatError
-from voroq.experts import is_stacked, unstack_experts
 from voroq.integrations.compat import came_from_checkpoint, names_in_model
+from voroq.integrations.places import is_saved_class, sites_in
 from voroq.layer import QuantLinear
-from voroq.packed.base import MAX_SIDE, Packed, Spec
+from voroq.packed.base import MAX_SIDE, Packed
 from voroq.packed.checkpoint import SpecTable, check_listing, check_packed, coverage_defects, quantization_config, specs_from_config
 from voroq.packed.legacy import modern
 from voroq.packed.shards import TensorInfo, read_header
@@ -41,6 +41,15 @@ class VoroqConfig(QuantizationConfigMixin):
     def specs(self) -> SpecTable:
         """Raises FormatError naming module and field for anything out of bounds."""
         return specs_from_config(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; their values are shared, for nobody changes them in place, and a large model has hundreds of entries."""
+        return dict(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VoroqConfig":
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        return copy
 
     def become(self, config: dict[str, Any]) -> None:
         self.__dict__.clear()
@@ -75,7 +84,7 @@ class VoroqQuantizer(HfQuantizer):
         self.table = self.table.naming(infos)
         for problem in coverage_defects(self.table, self.table.stored(infos)) if infos else ():
             raise FormatError(problem)
-        for place, (name, spec) in _sites(model, self.table, self.stacks).items():
+        for place, (name, spec) in sites_in(model, self.table, self.stacks).items():
             linear = model.get_submodule(place)
             self.names[place] = name
             self.dtypes[place] = linear.weight.dtype
@@ -135,62 +144,6 @@ def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def _sites(model: nn.Module, table: SpecTable, stacks: dict[str, nn.Module]) -> dict[str, tuple[str, Spec]]:
-    """The linears to replace, each with its name in the config and its spec.
-
-    Stacked experts that `table` names are unstacked first, and kept in `stacks`. Raises FormatError for a name that the model does
-    not have.
-    """
-    sites: dict[str, tuple[str, Spec]] = {}
-    renamed = names_in_model(model, [f"{name}.weight" for name in table.names])
-    for name in table.names:
-        if "." not in name and not _is_saved_class(model):
-            continue  # a head that this class of model does without
-        place = _place(model, name, renamed[f"{name}.weight"].removesuffix(".weight"))
-        module = _unstacked(model, place, stacks)
-        if not isinstance(module, nn.Linear):
-            found = "has none" if module is None else f"has a {type(module).__name__}"
-            raise FormatError(f"the quantization config names a linear {name}, where the model ({type(model).__name__}) {found}")
-        sites[place] = name, table.lookup(name, tuple(module.weight.shape))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in sites and table.entry(name) is not None:
-            sites[name] = name, table.lookup(name, tuple(module.weight.shape))
-    return sites
-
-
-def _is_saved_class(model: nn.Module) -> bool:
-    """Whether `model` is of the class that was saved, so that it should be complete."""
-    names = model.config.architectures
-    return isinstance(names, list) and type(model).__name__ in names
-
-
-def _place(model: nn.Module, name: str, renamed: str) -> str:
-    """`name` in `model`, which may be the base model of the one that was saved, or the other way round; the loader calls it `renamed`."""
-    prefix = f"{model.base_model_prefix}."
-    places = [name, prefix + name, name.removeprefix(prefix)]
-    exact = (place for place in [*places, renamed] if isinstance(_get(model, place), nn.Linear))
-    return next(exact, next((place for place in places if _get(model, place.split(".", 1)[0]) is not None), name))
-
-
-def _unstacked(model: nn.Module, place: str, stacks: dict[str, nn.Module]) -> nn.Module | None:
-    """The module at `place`, after unstacking the experts that it is one of."""
-    parts = place.split(".")
-    if _get(model, place) is None:
-        above = next((".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1) if _get(model, ".".join(parts[:cut]))), "")
-        with torch.device("cpu"):  # loading happens under the meta device, telling a stack takes a small computation
-            if above and is_stacked(model.get_submodule(above)):
-                stacks[above] = model.get_submodule(above)
-                model.set_submodule(above, unstack_experts(stacks[above]))
-    return _get(model, place)
-
-
-def _get(model: nn.Module, place: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(place)
-    except AttributeError:
-        return None
-
-
 def _headers(files: list[str]) -> dict[str, TensorInfo]:
     """The tensors in `files`. Raises FormatError for files that are damaged or no safetensors."""
     infos: dict[str, TensorInfo] = {}
@@ -223,7 +176,7 @@ def _check_reals(model: nn.Module, listing: dict[str, TensorInfo]) -> None:
 def _check_all_loaded(model: nn.Module) -> None:
     """Every parameter came from the files; only a model of another class than the saved one may have a new, untrained head."""
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
-    whole, quantized = _is_saved_class(model), tuple(f"{name}." for name in quant_linears(model))
+    whole, quantized = is_saved_class(model), tuple(f"{name}." for name in quant_linears(model))
     for name, parameter in model.named_parameters():
         if parameter.is_meta or came_from_checkpoint(parameter) or any(pattern.search(name) for pattern in ignored):
             continue

@@ -40,13 +40,30 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
     """The `quantization_config` of a config.json, None if there is none.
 
     It may lie inside the config of a multimodal model's text part. The first VPTQ models (package 0.0.3 and before) have a top-level
-    `quant_config` instead, the entry of each linear by its full name.
+    `quant_config` instead, the entry of each linear by its full name; another `quant_config` than theirs is none of ours.
     """
-    parts = [config, *(config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict))]
-    found = next((part["quantization_config"] for part in parts if part.get("quantization_config") is not None), None)
-    if found is None and config.get("quant_config") is not None:
-        return {"quant_method": "vptq", "config_for_layers": config["quant_config"]}
+    found = next((part["quantization_config"] for part in _parts(config) if part.get("quantization_config") is not None), None)
+    entries = config.get("quant_config")
+    if found is None and isinstance(entries, dict) and any(isinstance(e, dict) and "vector_lens" in e for e in entries.values()):
+        return {"quant_method": "vptq", "config_for_layers": entries}
     return found
+
+
+def with_quantization_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config with a quantization of ours at its top, where transformers finds it; `config` itself where that changes nothing.
+
+    transformers also looks into `text_config`, so nothing is moved from there.
+    """
+    found, parts = quantization_of(config), _parts(config, "text_config")
+    ours = isinstance(found, dict) and found.get("quant_method") in tuple(_MARKS)
+    if not ours or any(part.get("quantization_config") for part in parts):
+        return config
+    return {name: value for name, value in config.items() if name != "quant_config"} | {"quantization_config": found}
+
+
+def _parts(config: Mapping[str, Any], *names: str) -> list[Mapping[str, Any]]:
+    """A config and those of its parts `names` (text_config and llm_config if none are given) that are there."""
+    return [config, *(config[name] for name in names or ("text_config", "llm_config") if isinstance(config.get(name), dict))]
 
 
 @dataclass(frozen=True)
@@ -202,7 +219,13 @@ def open_folder(path: str | Path) -> Folder:
 def described(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Folder:
     """The folder of a config and file headers that were read. Raises FormatError naming module and field."""
     quantization = quantization_of(config)
-    return Folder(path, config, None if quantization is None else specs_from_config(quantization).naming(tensors), tensors)
+    if quantization is not None:
+        return Folder(path, config, specs_from_config(quantization).naming(tensors), tensors)
+    for name in tensors:
+        owner = next((name.removesuffix(mark) for mark in _MARKS.values() if name.endswith(mark)), None)
+        if owner is not None and {f"{owner}.indices", f"{owner}.weight_codes"} & tensors.keys():
+            raise FormatError(f"{owner} is stored quantized ({name}), but the config has no quantization_config; re-download config.json")
+    return Folder(path, config, None, tensors)
 
 
 def read_packed(folder: str | Path, module: str) -> Packed:

@@ -38,10 +38,32 @@ def test_a_folder_gives_back_what_was_written(tmp_path, layout):
         assert folder.stored_bytes(name, spec) == total_bytes(packed[name]) == bits_per_weight(packed[name]) * 160 / 8
 
 
-def test_a_plain_folder_has_no_sites(tmp_path, layout):
+def test_a_plain_folder_has_no_sites_and_one_that_lost_its_config_is_none(tmp_path, layout):
     write_folder(tmp_path, linears(layout), layout)
     write_json(tmp_path / "config.json", {})
-    assert open_folder(tmp_path).sites() == {}
+    with pytest.raises(FormatError, match=rf"{NAMES[0]} is stored quantized .*has no quantization_config"):
+        open_folder(tmp_path)
+    mark = {"vptq": "centroids.weight", "voroq": "weight_codes"}[layout]
+    rewrite(tmp_path, lambda tensors: [tensors.pop(f"{name}.{mark}") for name in NAMES])
+    assert open_folder(tmp_path).sites() == {} and len(open_folder(tmp_path).tensors) > 4
+
+
+def test_a_quantization_config_is_found_wherever_it_lies_and_moved_where_transformers_looks():
+    ours, first = {"quant_method": "vptq", "config_for_layers": {"a.q": {"vector_lens": [-1, 4]}}}, {"a.q": {"vector_lens": [-1, 4]}}
+    nested, none = {"llm_config": {"quantization_config": ours}}, {"quantization_config": None}
+    for config in (nested, {"quant_config": first}, none | {"quant_config": first}):
+        moved = checkpoint.with_quantization_config({"x": 1} | config)
+        assert checkpoint.quantization_of(config) == moved["quantization_config"] == ours
+        assert "quant_config" not in moved and moved["x"] == 1
+        assert checkpoint.with_quantization_config(moved) is moved
+    for config in ({"quantization_config": ours, "quant_config": first}, {"text_config": {"quantization_config": ours}}):
+        assert checkpoint.quantization_of(config) == ours and checkpoint.with_quantization_config(config) is config
+    theirs = [{"bits": 4}, "int8", {"a": {"bits": 4}}, {"a": 3}, [first], None, {}]
+    for config in ({}, *({"quant_config": value} for value in theirs)):
+        assert checkpoint.quantization_of(config) is None and checkpoint.with_quantization_config(config) is config
+    for method in ("awq", [], None):
+        other = {"llm_config": {"quantization_config": {"quant_method": method}}}
+        assert checkpoint.with_quantization_config(other) is other
 
 
 def test_full_names_come_before_shared_tails():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
 from voroq.codebook.pyramid import Pyramids
 from voroq.codebook.residual import Residual
@@ -21,6 +22,34 @@ from voroq.transform.chain import Chain
 from voroq.transform.hadamard import Hadamard
 from voroq.transform.permute import Permute
 from voroq.transform.rows import RowAffine
+
+GPTQMODEL = {
+    "bits": 3,
+    "group_size": -1,
+    "desc_act": False,
+    "lm_head": False,
+    "method": "vptq",
+    "quant_method": "vptq",
+    "format": "vptq",
+    "checkpoint_format": "vptq",
+    "pack_dtype": "int32",
+    "meta": {"quantizer": ["gptqmodel:7.7.0"]},
+    "vector_lens": [3, 2],
+    "num_centroids": [4, 8],
+    "num_res_centroids": [-1, 4],
+    "npercent": 5.0,
+    "group_num": 2,
+    "kmeans_mode": "hessian",
+    "kmeans_iters": 100,
+    "kmeans_tol": 1e-5,
+    "kmeans_seed": 0,
+    "enable_norm": True,
+    "norm_dim": 0,
+    "enable_perm": True,
+    "block_size": 128,
+    "percdamp": 0.01,
+}
+"""A `quantization_config` as GPTQModel 7.7 writes it."""
 
 
 def random_transform(columns: int, steps: tuple[str, ...], rng: torch.Generator, out: int = 0) -> Chain:
@@ -72,6 +101,21 @@ def random_gptq(out: int, columns: int, seed: int, *, bits: int = 3, group: int 
     edges = [*range(0, columns, group), columns]
     bands = [random_band(a, b, Tile(1, 1), Grid(bits), out, rng, scale=True, zero=True) for a, b in pairwise(edges)]
     transform = random_transform(columns, tuple(steps), rng)
+    return Quantized((out, columns), transform, tuple(band for band, _ in bands), tuple(codes for _, codes in bands))
+
+
+def random_pvq(out: int, columns: int, seed: int) -> Quantized:
+    """One of four native linears, by `seed`: pyramids along and down, numbers of two words, gain and direction, tables on patches."""
+    rng = torch.Generator().manual_seed(seed)
+    tile, codebook, steps = [
+        (Tile(1, 8), random_pyramids(8, (3, 2), 2, rng), ("rotate_in",)),
+        (Tile(8, 1), random_pyramids(8, (4, 3, 1), 0, rng), ("affine", "rotate_both")),
+        (Tile(1, 16), random_pyramids(16, (12, 10), 5, rng), ("permute",)),
+        (Tile(1, 4), GainShape(4, 5, torch.rand(4, generator=rng) + 0.5), ("rotate_in",)),
+        (Tile(2, 2), random_table((8, 4, 2), 4, rng), ("affine", "permute")),
+    ][seed % 5]
+    bands = [random_band(a, a + columns // 2, tile, codebook, out, rng, scale=seed % 2 == 0) for a in (0, columns // 2)]
+    transform = random_transform(columns, steps, rng, out)
     return Quantized((out, columns), transform, tuple(band for band, _ in bands), tuple(codes for _, codes in bands))
 
 

@@ -9,6 +9,7 @@ Every write goes to a temporary name in the same folder, is flushed to the disk,
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,14 +47,22 @@ class Entry:
         return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
-def write_safetensors(path: str | Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> str:
-    """Write `entries` to `path` and return the file's sha256. Only one loaded tensor is alive at a time.
+@dataclass(frozen=True)
+class Written:
+    """A file's sha256, and the crc32 of the bytes of every tensor in it (eight hexadecimal digits) by its name."""
+
+    sha256: str
+    crc32: dict[str, str]
+
+
+def write_safetensors(path: str | Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> Written:
+    """Write `entries` to `path`. Only one loaded tensor is alive at a time.
 
     Tensors lie in the file by falling element size, then in the given order, so that each is aligned; the same entries give
     the same bytes. Raises ValueError for a name given twice, a dtype the format lacks, or a tensor that is not as announced.
     """
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    digest = hashlib.sha256()
+    digest, checksums = hashlib.sha256(), {}
     with _replacing(Path(path)) as file:
 
         def put(data: bytes | memoryview) -> None:
@@ -62,8 +71,10 @@ def write_safetensors(path: str | Path, entries: Iterable[Entry], metadata: Mapp
 
         put(_header(ordered, metadata))
         for entry in ordered:
-            put(_bytes_of(entry))
-    return digest.hexdigest()
+            data = _bytes_of(entry)
+            checksums[entry.name] = _crc32(data)
+            put(data)
+    return Written(digest.hexdigest(), checksums)
 
 
 def write_text(path: str | Path, text: str) -> str:
@@ -88,6 +99,15 @@ def publish_folder(made: Path, final: Path) -> None:
 def sha256_of(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def crc32_of(tensor: Tensor) -> str:
+    """As in `Written`."""
+    return _crc32(_raw(tensor))
+
+
+def _crc32(data: memoryview) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 @contextmanager
@@ -137,4 +157,8 @@ def _bytes_of(entry: Entry) -> memoryview:
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
         got = f"{tensor.dtype} {list(tensor.shape)}"
         raise ValueError(f"tensor {entry.name}: announced as {entry.dtype} {list(entry.shape)}, got {got}")
+    return _raw(tensor)
+
+
+def _raw(tensor: Tensor) -> memoryview:
     return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

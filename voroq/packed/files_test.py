@@ -1,12 +1,13 @@
 import hashlib
 import json
 import os
+import zlib
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from voroq.packed.files import Entry, sha256_of, write_json, write_safetensors, write_text
+from voroq.packed.files import Entry, crc32_of, sha256_of, write_json, write_safetensors, write_text
 
 TENSORS = {
     "odd": torch.arange(5, dtype=torch.int16),
@@ -24,12 +25,14 @@ def entries(tensors=TENSORS):
 
 
 def test_the_safetensors_package_reads_back_what_was_written(tmp_path):
-    digest = write_safetensors(tmp_path / "m.safetensors", entries(), {"format": "pt"})
-    assert digest == sha256_of(tmp_path / "m.safetensors") == hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
+    written = write_safetensors(tmp_path / "m.safetensors", entries(), {"format": "pt"})
+    assert written.sha256 == sha256_of(tmp_path / "m.safetensors") == hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
     found = load_file(tmp_path / "m.safetensors")
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert written.crc32[name] == crc32_of(found[name]) == f"{zlib.crc32(bytes(tensor.reshape(-1).view(torch.uint8).tolist())):08x}"
+    assert written.crc32.keys() == TENSORS.keys()
 
 
 def test_the_same_entries_give_the_same_bytes(tmp_path):
@@ -81,7 +84,7 @@ def test_a_failure_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         write_safetensors(path, broken, {"other": "metadata"})
     monkeypatch.undo()
-    assert sha256_of(path) == before
+    assert sha256_of(path) == before.sha256
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 

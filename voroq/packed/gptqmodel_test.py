@@ -8,44 +8,17 @@ import torch
 from voroq.errors import FormatError
 from voroq.packed.base import Packed
 from voroq.packed.checkpoint import open_folder, specs_from_config
-from voroq.packed.conftest import random_vptq
+from voroq.packed.conftest import GPTQMODEL, random_vptq
 from voroq.packed.files import Entry, write_json, write_safetensors
 from voroq.packed.format import pack, unpack
 from voroq.packed.golden_test import VPTQ_JSON, vptq_tensors
 from voroq.packed.legacy import modern
 from voroq.packed.vptq_format import Outliers, VptqSpec
 
-CONFIG = {
-    "bits": 3,
-    "group_size": -1,
-    "desc_act": False,
-    "lm_head": False,
-    "method": "vptq",
-    "quant_method": "vptq",
-    "format": "vptq",
-    "checkpoint_format": "vptq",
-    "pack_dtype": "int32",
-    "meta": {"quantizer": ["gptqmodel:7.7.0"]},
-    "vector_lens": [3, 2],
-    "num_centroids": [4, 8],
-    "num_res_centroids": [-1, 4],
-    "npercent": 5.0,
-    "group_num": 2,
-    "kmeans_mode": "hessian",
-    "kmeans_iters": 100,
-    "kmeans_tol": 1e-5,
-    "kmeans_seed": 0,
-    "enable_norm": True,
-    "norm_dim": 0,
-    "enable_perm": True,
-    "block_size": 128,
-    "percdamp": 0.01,
-}
-
 
 def test_the_worked_example_in_gptqmodels_words():
     """15 columns: 5 % are one outlier column, the other 14 make two groups of 7. Codes of outliers and permutation are int32."""
-    table = specs_from_config(CONFIG).naming(["a.q_proj.centroids.weight", "a.q_proj.indices", "b.weight"])
+    table = specs_from_config(GPTQMODEL).naming(["a.q_proj.centroids.weight", "a.q_proj.indices", "b.weight"])
     assert table.names == ("a.q_proj",)
     spec = table.lookup("a.q_proj", (3, 15))
     assert spec == VptqSpec.from_json(VPTQ_JSON, "m")
@@ -67,7 +40,7 @@ def test_the_worked_example_in_gptqmodels_words():
     ],
 )
 def test_groups_follow_from_the_columns(columns, change, expected):
-    table = specs_from_config(CONFIG | change).naming(["m.centroids.weight"])
+    table = specs_from_config(GPTQMODEL | change).naming(["m.centroids.weight"])
     if isinstance(expected, str):
         with pytest.raises(FormatError, match=f"config of m: {expected}; GPTQModel pads"):
             table.lookup("m", (8, columns))
@@ -93,8 +66,8 @@ def test_groups_follow_from_the_columns(columns, change, expected):
 )
 def test_what_is_not_known_of_gptqmodel_is_refused(change, message):
     with pytest.raises(FormatError, match=message):
-        specs_from_config(CONFIG | change)
-    specs_from_config(CONFIG | {"dynamic": {"-:lm_head": {}, "x": False}})
+        specs_from_config(GPTQMODEL | change)
+    specs_from_config(GPTQMODEL | {"dynamic": {"-:lm_head": {}, "x": False}})
 
 
 def test_a_folder_is_read_once_the_shapes_are_known(tmp_path):
@@ -102,7 +75,7 @@ def test_a_folder_is_read_once_the_shapes_are_known(tmp_path):
     packed = pack(q, torch.float16, "vptq")
     wide = {name: t.int() if name in ("perm", "outlier_indices") else t for name, t in packed.tensors.items()}
     write_safetensors(tmp_path / "model.safetensors", [Entry.of(f"a.b.{name}", t) for name, t in wide.items()], {})
-    write_json(tmp_path / "config.json", {"quantization_config": CONFIG | {"npercent": 10}})
+    write_json(tmp_path / "config.json", {"quantization_config": GPTQMODEL | {"npercent": 10}})
     folder = open_folder(tmp_path)
     assert folder.names() == ["a.b"] and folder.specs.lacks_shape("a.b")
     with pytest.raises(FormatError, match=r"the shape of a.b is needed"):

@@ -7,7 +7,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 
 from voroq.errors import VoroqError
 
-_WANTED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
+_WANTED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 
 
 def locate(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:

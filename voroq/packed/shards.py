@@ -152,11 +152,16 @@ def write_index(folder: Path, files: Mapping[str, str], size: int) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
 
 
+def is_shard_name(file: Any) -> bool:
+    """Whether an index may name `file`: a safetensors file in the same folder, not one below or outside it."""
+    return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map must be an object naming a file for each tensor; {_REPAIR}")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not is_shard_name(file):
             raise FormatError(f"{index}: {file!r:.80} is not the name of a safetensors file beside it")
     return weight_map

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,8 @@ class Output:
         for site, packed in sites.items():
             entries += [Entry.of(f"{site}.{name}", tensor.contiguous()) for name, tensor in packed.tensors.items()]
         try:
-            digest = write_safetensors(self.shard(index), entries, {"format": "pt"})
-            entry = {"file": self.shard(index).name, "sha256": digest, "verbatim": list(verbatim), **body}
+            written = write_safetensors(self.shard(index), entries, {"format": "pt"})
+            entry = {"file": self.shard(index).name, **asdict(written), "verbatim": list(verbatim), **body}
             write_json(self._entry_path(index), entry)
         except OSError as error:
             raise _unwritten(self.shard(index), error) from error
@@ -134,7 +135,7 @@ class Output:
             return entry
         entries = [Entry.of(name, mine[name]) if name in mine else Entry(name, i.dtype, i.shape, i.load) for name, i in infos.items()]
         try:
-            entry = {**entry, "sha256": write_safetensors(self._staged(index), entries, {"format": "pt"})}
+            entry = {**entry, **asdict(write_safetensors(self._staged(index), entries, {"format": "pt"}))}
             write_json(self._entry_path(index), entry)
             os.replace(self._staged(index), self.shard(index))
         except OSError as error:

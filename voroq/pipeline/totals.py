@@ -34,4 +34,5 @@ def totals(origin: Source, entries: list[dict[str, Any]], began: float) -> dict[
         "sites": rows,
         "unquantized": [{"name": name, "shape": list(origin.tensors[name].shape)} for name in kept],
         "shards": {entry["file"]: entry["sha256"] for entry in entries},
+        "tensors": {name: checksum for entry in entries for name, checksum in entry.get("crc32", {}).items()},
     }

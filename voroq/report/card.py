@@ -35,6 +35,13 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```"""
 
+DENSE_LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""
+
 
 @runtime_checkable
 class Result(Protocol):
@@ -57,28 +64,35 @@ def write_card(folder: str | Path, results: Sequence[Result] = ()) -> None:
     write_text(Path(folder) / "README.md", text)
 
 
+def write_converted_card(folder: str | Path, source: str | Path, name: str, changes: Sequence[str]) -> None:
+    """Write README.md into `folder`, which is to be called `name` and is the model folder `source` written anew with these `changes`."""
+    text = converted_card(read_report(source), inspect_folder(folder), _kept(Path(source), "base_model"), name, changes)
+    write_text(Path(folder) / "README.md", text)
+
+
 def original_metadata(source: str) -> dict[str, Any]:
     """What the card of the model in folder `source` says of license and language, and its name if it is a hub id; else {}."""
-    path = Path(source)
-    if not path.is_dir():
+    if not Path(source).is_dir():
         return {"base_model": source} if source.count("/") == 1 and not source.startswith((".", "/", "~")) else {}
+    return _kept(Path(source))
+
+
+def _kept(folder: Path, *more: str) -> dict[str, Any]:
+    """The fields KEPT, and `more`, of the card in a model folder."""
     try:
-        text = (path / "README.md").read_text(encoding="utf-8")
+        text = (folder / "README.md").read_text(encoding="utf-8")
         data = ModelCard(text).data.to_dict() if text.startswith("---") else {}
     except (ValueError, OSError, YAMLError):  # no card, or somebody else's damaged one, must not stop ours
         return {}
-    return {key: data[key] for key in KEPT if data.get(key)}
+    return {key: data[key] for key in (*KEPT, *more) if data.get(key)}
 
 
 def model_card(report: dict[str, Any], found: Inspection, original: dict[str, Any], name: str, results: Sequence[Result] = ()) -> str:
     """The card's text: metadata, loading, making, results."""
-    data = ModelCardData(library_name="voroq", tags=["voroq", "quantized", str(found.quant_method)], **original)
     parts = [
-        f"---\n{data.to_yaml()}\n---",
+        _head(found, original),
         f"# {name}",
-        f"{source_name(report)}, quantized by voroq to {found.bits_per_weight:.3f} bits per weight "
-        f"(everything stored, over the {found.quantized_weights:,} weights of {len(found.sites)} linears; "
-        f"{100 * found.unquantized_share:.1f} % of all parameters are kept as they were).",
+        f"{source_name(report)}, quantized by voroq to {_size(found)}",
         "## Loading",
         LOADING.format(name=name),
         "## Making",
@@ -87,6 +101,39 @@ def model_card(report: dict[str, Any], found: Inspection, original: dict[str, An
     if results:
         parts += ["## Results", results_table(results)]
     return "\n\n".join(parts) + "\n"
+
+
+def converted_card(report: dict[str, Any], found: Inspection, original: dict[str, Any], name: str, changes: Sequence[str]) -> str:
+    """The text for a converted folder; `report` is that of the run that made the source, {} where another program did."""
+    if found.quant_method is None:
+        what, loading = "A quantized model as a plain one: its linears are dense again, and any program opens it.", DENSE_LOADING
+    else:
+        what, loading = f"A model quantized to {_size(found)}", LOADING
+    parts = [
+        _head(found, original),
+        f"# {name}",
+        what,
+        "## Loading",
+        loading.format(name=name),
+        "## Making",
+        "Written by `voroq convert` from a quantized folder: " + "; ".join(changes) + ".",
+        making(report, found),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(found: Inspection, original: dict[str, Any]) -> str:
+    plain = found.quant_method is None
+    tags = ["voroq"] if plain else ["voroq", "quantized", found.quant_method]
+    return f"---\n{ModelCardData(library_name='transformers' if plain else 'voroq', tags=tags, **original).to_yaml()}\n---"
+
+
+def _size(found: Inspection) -> str:
+    return (
+        f"{found.bits_per_weight:.3f} bits per weight "
+        f"(everything stored, over the {found.quantized_weights:,} weights of {len(found.sites)} linears; "
+        f"{100 * found.unquantized_share:.1f} % of all parameters are kept as they were)."
+    )
 
 
 def source_name(report: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Group
@@ -18,8 +19,8 @@ from voroq.errors import VoroqError
 from voroq.integrations.shapes import linear_shapes, model_defects
 from voroq.packed.base import Spec
 from voroq.packed.checkpoint import Folder, described, listing_defects, value_defects
-from voroq.packed.files import sha256_of
-from voroq.packed.shards import INDEX, SINGLE, TensorInfo, read_header, read_json
+from voroq.packed.files import crc32_of, sha256_of
+from voroq.packed.shards import INDEX, SINGLE, TensorInfo, is_shard_name, read_header, read_json
 from voroq.report.inspect import REPORT, read_report
 
 
@@ -59,7 +60,7 @@ def verify_folder(path: str | Path) -> Verification:
         raise VoroqError(f"{path} has no safetensors files: give the folder of a model")
     defects: list[Defect] = []
     tensors = _tensors(path, files, _teller(defects, "files"))
-    hashed = _hashes(path, _teller(defects, "hashes"))
+    hashed = _hashes(path, tensors, _teller(defects, "hashes"))
     folder = _folder(path, tensors, _teller(defects, "config"))
     specs = {}
     if folder is not None:
@@ -97,7 +98,7 @@ def _files(path: Path) -> list[Path]:
     except VoroqError:
         named = {}
     if isinstance(named, dict):
-        names |= {name for name in named.values() if isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")}
+        names |= {name for name in named.values() if is_shard_name(name)}
     return sorted(path / name for name in names)
 
 
@@ -133,8 +134,10 @@ def _check_index(path: Path, found: dict[str, TensorInfo], tell: Callable[[str],
     if not isinstance(named, dict):
         tell(f"{path / INDEX}: weight_map must be an object naming a file for each tensor")
         return
+    for file in dict.fromkeys(map(repr, (file for file in named.values() if not is_shard_name(file)))):
+        tell(f"{INDEX} names {file:.80}, which is no safetensors file beside it; move it here, files elsewhere are not read")
     for name, file in named.items():
-        if name not in found or found[name].file.name != file:
+        if is_shard_name(file) and (name not in found or found[name].file.name != file):
             tell(f"tensor {name} is not in {file!r:.80}, though {INDEX} says so")
     for name in found.keys() - named.keys():
         tell(f"tensor {name} of {found[name].file.name} is not in {INDEX}, so loaders do not see it")
@@ -145,7 +148,7 @@ def _check_index(path: Path, found: dict[str, TensorInfo], tell: Callable[[str],
         tell(f"{INDEX} says that the tensors have {total} bytes, they have {size}")
 
 
-def _hashes(path: Path, tell: Callable[[str], None]) -> int:
+def _hashes(path: Path, tensors: dict[str, TensorInfo], tell: Callable[[str], None]) -> int:
     """How many shards our report gives a hash for."""
     try:
         report = read_report(path)
@@ -156,12 +159,31 @@ def _hashes(path: Path, tell: Callable[[str], None]) -> int:
     if not isinstance(shards, dict):
         tell(f"{path / REPORT}: shards must be an object naming a hash for each file")
         return 0
+    checksums = report.get("tensors", {})
     for name, digest in shards.items():
         if Path(name).name != name or not (path / name).is_file():
             tell(f"{name} is missing, though {REPORT} names it")
         elif sha256_of(path / name) != digest:
-            tell(f"{name} is not the file that was written: its sha256 differs from {REPORT}")
+            inside = [info for info in tensors.values() if info.file == path / name]
+            tell(f"{name} is not the file that was written: its sha256 differs from {REPORT}{_changed(inside, checksums)}")
     return len(shards)
+
+
+def _changed(infos: list[TensorInfo], checksums: Any) -> str:
+    """Which of the tensors of a changed file are not what was written, where the report has their checksums."""
+    if not isinstance(checksums, dict) or not checksums or not infos:
+        return ""
+    names = [info.name for info in infos if info.name not in checksums or _crc32(info) != checksums[info.name]]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"; changed: {', '.join(names[:3])}{more}" if names else "; its tensors are as they were"
+
+
+def _crc32(info: TensorInfo) -> str | None:
+    """None for a tensor that cannot be read, which is a defect of its own."""
+    try:
+        return crc32_of(info.load())
+    except VoroqError:
+        return None
 
 
 def _folder(path: Path, tensors: dict[str, TensorInfo], tell: Callable[[str], None]) -> Folder | None:

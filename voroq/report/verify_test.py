@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import voroq
 from voroq.cli.cli_test import run
 from voroq.convert import convert
-from voroq.errors import VoroqError
-from voroq.integrations.conftest import tiny, write_model
-from voroq.integrations.legacy_test import make_old, write_gptqmodel
+from voroq.errors import FormatError, VoroqError
+from voroq.integrations.conftest import make_old, tiny, write_gptqmodel, write_model
 from voroq.packed.conftest import rewrite
 from voroq.packed.files import write_json
 from voroq.report.verify import verify_folder
@@ -77,7 +77,7 @@ DAMAGE = {
     "report": (lambda folder: (folder / "voroq_report.json").write_text("{"), "hashes", "voroq_report.json is damaged"),
     "truncated": (lambda f: shard_of(f, f"{Q}.perm").write_bytes(shard_of(f, f"{Q}.perm").read_bytes()[:-9]), "files", "is truncated"),
     "shard gone": (lambda folder: shard_of(folder, f"{Q}.perm").unlink(), "files", "is missing, though model.safetensors.index"),
-    "bit": (tensor(f"{Q}.weight_scale", lambda t: t.neg()), "hashes", "is not the file that was written"),
+    "bit": (tensor(f"{Q}.weight_scale", lambda t: t.neg()), "hashes", f"differs from voroq_report.json; changed: {Q}.weight_scale"),
     "model": (edited("config.json", lambda c: c.update(num_hidden_layers=1)), "model", "names a linear model.layers.1"),
     "architecture": (edited("config.json", lambda c: c.update(model_type="x", architectures=["X"])), "model", "cannot build the model"),
 }
@@ -109,6 +109,31 @@ def test_leftovers_and_a_missing_index_are_found(folder):
     assert any(f"tensor {Q}.weight of model-" in problem and "loaders do not see it" in problem for problem in found)
     (folder / INDEX).unlink()
     assert any("has no model.safetensors.index.json" in defect.problem for defect in verify_folder(folder).defects)
+
+
+def test_a_changed_file_is_said_with_the_tensors_that_changed(folder):
+    name = shard_of(folder, f"{Q}.perm").name
+    told = f"{name} is not the file that was written: its sha256 differs from voroq_report.json"
+    rewrite(folder, lambda tensors: tensors.update({f"{Q}.perm": tensors.pop(f"{Q}.perm")}), name)  # another order, the same values
+    assert [defect.problem for defect in verify_folder(folder).defects] == [f"{told}; its tensors are as they were"]
+    rewrite(folder, lambda tensors: tensors.update({f"{Q}.perm": tensors[f"{Q}.perm"].flip(0)}), name)
+    assert [defect.problem for defect in verify_folder(folder).defects] == [f"{told}; changed: {Q}.perm"]
+    edited("voroq_report.json", lambda report: report.pop("tensors"))(folder)
+    assert [defect.problem for defect in verify_folder(folder).defects] == [told]
+
+
+def test_a_shard_in_a_sub_folder_is_one_defect_and_is_not_loaded(folder):
+    name = shard_of(folder, f"{Q}.perm").name
+    (folder / "sub").mkdir()
+    (folder / name).rename(folder / "sub" / name)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {tensor: f"sub/{file}" if file == name else file for tensor, file in index["weight_map"].items()}
+    write_json(folder / INDEX, index)
+    found = [defect.problem for defect in verify_folder(folder).defects]
+    assert sum(f"names 'sub/{name}', which is no safetensors file beside it" in problem for problem in found) == 1
+    assert not any("though model.safetensors.index.json says so" in problem for problem in found)
+    with pytest.raises(FormatError, match=r"'sub/model-.*is not the name of a safetensors file beside it"):
+        voroq.load(folder, device="cpu")
 
 
 def test_folders_of_others_are_verified_too(tmp_path):

@@ -1,10 +1,13 @@
 """Codes out of 32-bit words: bits [bit, bit + WIDTH) of a row, which may straddle words (`numerics/bits.py` has the layout)."""
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def field(words, bit, ok, WIDTH: tl.constexpr, STEP: tl.constexpr):
     """The WIDTH <= 32 bits from `bit` on, as uint32; 0 where not `ok`. All `bit` are multiples of STEP, but for whole words more.
 
@@ -22,6 +25,7 @@ def field(words, bit, ok, WIDTH: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def number(words, bit, ok, STEP: tl.constexpr):
     """The STEP bits from `bit` on, as uint32, or uint64 above 32 bits."""
     if STEP <= 32:
@@ -32,6 +36,7 @@ def number(words, bit, ok, STEP: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def plain(codes, ok):
     """Codes that are integers of 16 or 32 bits, as uint32; 0 where not `ok`."""
     found = tl.load(codes, mask=ok, other=0).to(tl.uint32)

@@ -20,7 +20,6 @@ from torch import Tensor
 from voroq.kernels.triton_form import THIN, Piece, batch_class, pieces, tiling
 from voroq.packed.base import Packed, Spec
 from voroq.packed.native_format import NativeSpec
-from voroq.packed.vptq_format import VptqSpec
 
 REALS = (torch.float32, torch.float16, torch.bfloat16)
 MOST = 1024
@@ -56,23 +55,21 @@ def _part(x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], spec: Spec, tenso
     from voroq.kernels import triton_product as product  # imports triton
 
     batch, thin = x.shape[0], x.shape[0] <= THIN
-    perm = tensors.get("perm" if isinstance(spec, VptqSpec) else "weight_perm")
-    scale, shift = (tensors.get(name) for name in ("weight_scale", "weight_bias")) if isinstance(spec, VptqSpec) else (None, None)
-    by_row = scale is not None and spec.norm_dim == 1
+    perm, scale, shift, by_row = _basis(spec, tensors)
     own = (None, None) if by_row else (scale, shift)
     blocks = -(-x.shape[1] // BLOCK)
-    dots = x.new_empty(batch, blocks, dtype=torch.float32) if by_row or (thin and shift is not None) else None
+    dots = _floats(x, batch, blocks) if by_row or (thin and shift is not None) else None
     ordered = x
     if perm is not None or (thin and own[0] is not None) or dots is not None:
         scaled = own if thin else (None, None)
         moved = perm is not None or scaled[0] is not None
-        ordered = torch.empty_like(x, dtype=torch.float32 if thin else x.dtype) if moved else x
+        ordered = torch.empty(x.shape, dtype=torch.float32 if thin else x.dtype, device=x.device) if moved else x
         product.arrange[(blocks, batch)](x, ordered if moved else None, dots, perm, *scaled, batch, x.shape[1], BLOCK)
 
     launches = [(piece, _tiling(piece, x)) for piece in pieces(spec)]
     slices = sum(cut.splits for _, cut in launches)
     alone = slices == 1 and dots is None
-    into = y if alone else y.new_empty(slices, *y.shape, dtype=torch.float32)
+    into = y if alone else _floats(x, slices, *y.shape)
     first = 0
     for piece, cut in launches:
         form = piece.form
@@ -81,12 +78,24 @@ def _part(x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], spec: Spec, tenso
         if thin:
             product.thin[grid](*args, batch, form, cut, first, **known)
         else:
-            product.wide[(*grid, -(-batch // cut.batch))](*args, perm, *own, batch, form, cut, first, **known)
+            product.wide[(*grid, -(-batch // cut.batch))](*args, perm, *own, batch, form, cut, first, interpreted(), **known)
         first += cut.splits
     if not alone:
         rows = (scale, shift) if by_row else (None, None)
         grid = -(-y.shape[1] // BLOCK), batch
         product.collect[grid](into, y, dots, *rows, batch, y.shape[1], slices, blocks, BLOCK)
+
+
+def _basis(spec: Spec, tensors: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
+    """Permutation, scale and shift, and whether these are of rows; of native specs only the permutation, the rest is done outside."""
+    if isinstance(spec, NativeSpec):
+        return tensors["weight_perm"] if "permute" in spec.steps else None, None, None, False
+    scale, shift = (tensors[name] if spec.norm else None for name in ("weight_scale", "weight_bias"))
+    return tensors["perm"] if spec.perm else None, scale, shift, spec.norm and spec.norm_dim == 1
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _tiling(piece: Piece, x: Tensor):

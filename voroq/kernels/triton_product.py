@@ -10,6 +10,8 @@ and every split writes a slice of its own: no atomics, so equal input gives equa
 `Tiling`; both are constants of the compiled kernel.
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -20,6 +22,7 @@ from voroq.kernels.triton_tables import table_words
 
 
 @triton.jit
+@no_type_check
 def thin(x, y, codes, main, second, scales, zeros, book, batch, F: tl.constexpr, T: tl.constexpr, SLICE: tl.constexpr):
     """y[SLICE + split] += x @ w.T for this piece; x [batch columns] and y [slices batch out] are of any real type."""
     m = tl.program_id(0) * T.rows + tl.arange(0, T.rows)
@@ -46,9 +49,13 @@ def thin(x, y, codes, main, second, scales, zeros, book, batch, F: tl.constexpr,
 
 
 @triton.jit
+@no_type_check
 def wide(x, y, codes, main, second, scales, zeros, book, perm, col_scale, col_shift, batch, F: tl.constexpr, T: tl.constexpr,
-         SLICE: tl.constexpr):  # fmt: skip
-    """As `thin`; x is in stored order but not scaled: w is, by the scales and shifts of its original columns, before it is rounded."""
+         SLICE: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+    """As `thin`; x is in stored order but not scaled: w is, by the scales and shifts of its original columns, before it is rounded.
+
+    WIDEN: to multiply in float32 what was rounded. The interpreter needs it: it takes bfloat16 for the integers it keeps them in.
+    """
     m = tl.program_id(0) * T.rows + tl.arange(0, T.rows)
     split, n = tl.program_id(1), tl.program_id(2) * T.batch + tl.arange(0, T.batch)
     each: tl.constexpr = (F.along + T.along - 1) // T.along
@@ -66,11 +73,13 @@ def wide(x, y, codes, main, second, scales, zeros, book, perm, col_scale, col_sh
         column, inside = _columns(g, c, F)
         column, inside = column.reshape(DEEP), inside.reshape(DEEP)
         if col_scale is not None:
-            o = column if perm is None else _order(perm, column, inside)
+            o = column if perm is None else _order(perm, column, inside, F.columns)
             w = w * tl.load(col_scale + o, mask=inside, other=0).to(tl.float32)[:, None]
             w += tl.load(col_shift + o, mask=inside, other=0).to(tl.float32)[:, None]
         w = tl.where(inside[:, None], w, 0).to(x.dtype.element_ty)
         x_tile = tl.load(x_row + column[None, :], mask=ok & inside[None, :], other=0)
+        if WIDEN:
+            w, x_tile = w.to(tl.float32), x_tile.to(tl.float32)
         sums = tl.dot(x_tile, w, sums, input_precision="ieee")
     y += ((SLICE + split.to(tl.int64)) * batch + n[:, None].to(tl.int64)) * F.out
     row, row_ok = _rows(m, F)
@@ -78,6 +87,7 @@ def wide(x, y, codes, main, second, scales, zeros, book, perm, col_scale, col_sh
 
 
 @triton.jit
+@no_type_check
 def arrange(x, ordered, dots, perm, scale, shift, batch, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """ordered[b, p] = x[b, perm[p]] * scale[perm[p]]; dots[b, block] = sum of x * shift, or of x without one, over a block of p."""
     b, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -85,7 +95,7 @@ def arrange(x, ordered, dots, perm, scale, shift, batch, COLUMNS: tl.constexpr, 
     inside = p < COLUMNS
     o = p
     if perm is not None:
-        o = _order(perm, p, inside)
+        o = _order(perm, p, inside, COLUMNS)
     value = tl.load(x + b * COLUMNS + o, mask=inside, other=0).to(tl.float32)
     if dots is not None:
         part = value
@@ -99,6 +109,7 @@ def arrange(x, ordered, dots, perm, scale, shift, batch, COLUMNS: tl.constexpr, 
 
 
 @triton.jit
+@no_type_check
 def collect(slices, y, dots, row_scale, row_shift, batch, OUT: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """y[b] = sum of slices[:, b] + sum of dots[b]; or, with scales of rows, sum of slices[:, b] * scale + sum of dots[b] * shift."""
     b = tl.program_id(1).to(tl.int64)
@@ -121,6 +132,7 @@ def collect(slices, y, dots, row_scale, row_shift, batch, OUT: tl.constexpr, SLI
 
 
 @triton.jit
+@no_type_check
 def _weights(codes, main, second, scales, zeros, book, g, m, c, F: tl.constexpr):
     """Float32 weights [rows along wide] of the words (m, c) of group g, in the basis of the codes."""
     m_ok = m < F.down
@@ -148,6 +160,7 @@ def _weights(codes, main, second, scales, zeros, book, g, m, c, F: tl.constexpr)
 
 
 @triton.jit
+@no_type_check
 def _columns(g, c, F: tl.constexpr):
     """The stored columns of the words c of group g, and which of them exist: both [along wide], or [along 1] for words down the output."""
     j = tl.arange(0, 1 if F.is_down else F.wide)
@@ -157,6 +170,7 @@ def _columns(g, c, F: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _rows(m, F: tl.constexpr):
     """The rows of the output that the words m write, and which of them exist: [rows * wide], or [rows] for words along the input."""
     WIDE: tl.constexpr = F.wide if F.is_down else 1
@@ -169,7 +183,9 @@ def _rows(m, F: tl.constexpr):
 
 
 @triton.jit
-def _order(perm, p, inside):
-    """perm[p], stored as unsigned 16 bits or as a wider integer."""
+@no_type_check
+def _order(perm, p, inside, COLUMNS: tl.constexpr):
+    """perm[p], stored as unsigned 16 bits or as a wider integer; what leads out of the matrix is cut to its sides."""
     o = tl.load(perm + p, mask=inside, other=0)
-    return o.to(tl.int32) & 0xFFFF if perm.dtype.element_ty == tl.int16 else o.to(tl.int64)
+    o = o.to(tl.int32) & 0xFFFF if perm.dtype.element_ty == tl.int16 else o.to(tl.int64)
+    return tl.minimum(tl.maximum(o, 0), COLUMNS - 1)

@@ -13,6 +13,7 @@ The tables (`book`): starts and pulses of all levels, then for n = DIM, DIM / 2 
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
+from typing import no_type_check
 
 import torch
 import triton
@@ -58,6 +59,7 @@ def _signed(entry: int) -> int:
 
 
 @triton.jit
+@no_type_check
 def pyramid_words(number, scales, book, HALVINGS: tl.constexpr, LEVELS: tl.constexpr, MOST: tl.constexpr, LOG: tl.constexpr, LONG: tl.constexpr):
     """Float32 words [p q 2 << HALVINGS] of numbers [p q]. LONG: halvings that need 64 bits; 1 << LOG: columns of a table of sums."""
     number = number.to(tl.uint64)
@@ -73,6 +75,7 @@ def pyramid_words(number, scales, book, HALVINGS: tl.constexpr, LEVELS: tl.const
 
 
 @triton.jit
+@no_type_check
 def shape_words(number, gains, book, HALVINGS: tl.constexpr, BITS: tl.constexpr, GAINS: tl.constexpr, MOST: tl.constexpr, LOG: tl.constexpr,
                 LONG: tl.constexpr):  # fmt: skip
     """Words gain * y / ||y|| of one pyramid with MOST pulses; `number` is that of y in BITS bits, then the gain."""
@@ -86,6 +89,7 @@ def shape_words(number, gains, book, HALVINGS: tl.constexpr, BITS: tl.constexpr,
 
 
 @triton.jit
+@no_type_check
 def unfolded(index, pulses, tables, HALVINGS: tl.constexpr, MOST: tl.constexpr, LOG: tl.constexpr, LONG: tl.constexpr):
     """Vector number `index` of P(2 << HALVINGS, pulses): int32 [p q dim] from int64 and int32 [p q]."""
     P: tl.constexpr = index.shape[0]
@@ -97,6 +101,7 @@ def unfolded(index, pulses, tables, HALVINGS: tl.constexpr, MOST: tl.constexpr, 
 
 
 @triton.jit
+@no_type_check
 def _halves(index, pulses, table, MOST: tl.constexpr, LOG: tl.constexpr, LONG: tl.constexpr):
     WIDTH: tl.constexpr = 1 << LOG
     P: tl.constexpr = index.shape[0]
@@ -120,6 +125,7 @@ def _halves(index, pulses, table, MOST: tl.constexpr, LOG: tl.constexpr, LONG: t
 
 
 @triton.jit
+@no_type_check
 def _pairs(index, pulses):
     left = (index + 2) >> 2
     right = pulses - left

@@ -5,11 +5,14 @@ Tables are read where they lie, [k SIZE] row by row, and stay in the L1 cache of
 no file can make a kernel read elsewhere.
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def table_words(code, main, second, BITS: tl.constexpr, BITS2: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr):
     """Float32 words [p q WIDE] of codes [p q]; WIDE is the power of two from SIZE on, entries past SIZE are 0."""
     j = tl.arange(0, WIDE)[None, None, :]
@@ -22,6 +25,7 @@ def table_words(code, main, second, BITS: tl.constexpr, BITS2: tl.constexpr, SIZ
 
 
 @triton.jit
+@no_type_check
 def _entries(table, at, j, SIZE: tl.constexpr, WIDE: tl.constexpr):
     if SIZE == WIDE:
         return tl.load(table + at, eviction_policy="evict_last").to(tl.float32)

@@ -59,6 +59,11 @@ class Form(NamedTuple):
     long: int = 0
     halvings: int = 0
 
+    @property
+    def pulsed(self) -> bool:
+        """Whether words are pyramids' points."""
+        return self.most > 0
+
 
 class Piece(NamedTuple):
     """A form, and the names of the tensors it is read from: codes, main table, second table, scales, zeros. `pulses` of pyramids."""
@@ -154,9 +159,10 @@ def tiling(form: Form, batch: int, device: str, units: int) -> Tiling:
 
 def shape_key(form: Form, batch: int) -> str:
     """A shape and a class of batches as CONFIGS names them."""
-    side = "down" if form.is_down else "along"
+    side, columns = ("down", 1) if form.is_down else ("along", form.size)
     bits = f"{form.bits}+{form.bits2}" if form.bits2 else f"{form.bits}"
-    return f"{form.kind} {side}{form.size} bits{bits} {form.out}x{form.groups * form.along * (1 if form.is_down else form.size)} batch{batch_class(batch)}"
+    shape = f"{form.out}x{form.groups * form.along * columns}"
+    return f"{form.kind} {side}{form.size} bits{bits} {shape} batch{batch_class(batch)}"
 
 
 def batch_class(batch: int) -> int:
@@ -165,18 +171,19 @@ def batch_class(batch: int) -> int:
 
 
 def _rule(form: Form, batch: int, units: int) -> Tiling:
-    wide = form.wide if form.is_down else 1
-    rows = batch_class(batch)
+    """Tiles that fit into registers, and four programs for every multiprocessor. Chosen from compiled code, not measured."""
+    rows, alone = batch_class(batch), form.kind == "grid"  # every weight of a grid is a word: twice the loads
     if batch <= THIN:
         along = min(64, power(form.along), max(1, 2048 // form.wide))
-        down, warps, stages = min(power(form.down), max(1, 2048 // (along * form.wide * rows))), 4, 3
+        down, warps = min(power(form.down), max(1, (1024 if alone else 2048) // (along * form.wide * rows))), 4
     else:
-        deep = 1 if form.is_down else form.wide
-        along = max(16 // deep, 1, min(64 // deep, power(form.along)))
-        down = max(16 // wide, 1, min(128 // wide, power(form.down)))
-        warps, stages = 8 if rows >= 64 else 4, 3
+        deep, wide = (1, form.wide) if form.is_down else (form.wide, 1)
+        along = max(16 // deep, 1, min((16 if form.pulsed else 32 if alone else 64) // deep, power(form.along)))
+        down = max(16 // wide, 1, min((64 if alone else 128) // wide, power(form.down)))
+        warps = 8 if rows >= 64 else 4
     programs = -(-form.down // down) * -(-batch // rows)
     tiles = form.groups * -(-form.along // along)
+    stages = 1 if form.pulsed else 2 if alone else 3
     return Tiling(down, along, rows, min(tiles, max(1, 4 * units // programs)), warps, stages)
 
 

@@ -110,7 +110,8 @@ def arrange(x, ordered, dots, perm, scale, shift, batch, COLUMNS: tl.constexpr, 
 
 @triton.jit
 @no_type_check
-def collect(slices, y, dots, row_scale, row_shift, batch, OUT: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+def collect(slices, y, dots, row_scale, row_shift, batch, OUT: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
     """y[b] = sum of slices[:, b] + sum of dots[b]; or, with scales of rows, sum of slices[:, b] * scale + sum of dots[b] * shift."""
     b = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -139,10 +140,7 @@ def _weights(codes, main, second, scales, zeros, book, g, m, c, F: tl.constexpr)
     ok = m_ok[:, None] & (c < F.along)[None, :]
     row = (codes + g * F.group_pitch + m.to(tl.int64) * F.pitch)[:, None]
     place = (g.to(tl.int32) * F.group_first + c)[None, :]
-    if F.step == 0:
-        code = plain(row + place, ok)
-    else:
-        code = number(row, place * F.step, ok, F.step)
+    code = plain(row + place, ok) if F.step == 0 else number(row, place * F.step, ok, F.step)
     if F.kind == "table":
         residual = second
         if F.bits2 > 0:

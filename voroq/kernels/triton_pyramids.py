@@ -60,7 +60,8 @@ def _signed(entry: int) -> int:
 
 @triton.jit
 @no_type_check
-def pyramid_words(number, scales, book, HALVINGS: tl.constexpr, LEVELS: tl.constexpr, MOST: tl.constexpr, LOG: tl.constexpr, LONG: tl.constexpr):
+def pyramid_words(number, scales, book, HALVINGS: tl.constexpr, LEVELS: tl.constexpr, MOST: tl.constexpr, LOG: tl.constexpr,
+                  LONG: tl.constexpr):  # fmt: skip
     """Float32 words [p q 2 << HALVINGS] of numbers [p q]. LONG: halvings that need 64 bits; 1 << LOG: columns of a table of sums."""
     number = number.to(tl.uint64)
     level = tl.zeros(number.shape, tl.int32)

@@ -144,8 +144,9 @@ def test_the_first_and_last_number_of_every_level_and_those_that_divide_exactly(
     for book in (preset(16, 64), Pyramids(8, (9, 3), torch.tensor([0.3, 0.7]))):
         starts = [sum(count(book.dim, k) for k in book.pulses[:i]) for i in range(len(book.pulses) + 1)]
         divisors = [count(book.dim // 2, k) for k in range(max(book.pulses) + 1)]
-        numbers = {start + near for start in starts for near in (-1, 0, 1)} | {starts[-2] + 3 * r - near for r in divisors for near in (0, 1)}
-        numbers = sorted(n for n in numbers if 0 <= n < 1 << book.bits) + [(1 << book.bits) - 1]
+        numbers = {start + near for start in starts for near in (-1, 0, 1)}
+        numbers |= {starts[-2] + 3 * r - near for r in divisors for near in (0, 1)} | {(1 << book.bits) - 1}
+        numbers = sorted(n for n in numbers if 0 <= n < 1 << book.bits)
         signed = torch.tensor([n - (1 << 64) if n >= 1 << 63 else n for n in numbers])
         codes = split_streams(signed, book.widths)
         band, _ = random_band(0, len(numbers), Tile(book.dim, 1), book, book.dim, torch.Generator())
@@ -157,7 +158,7 @@ def test_the_first_and_last_number_of_every_level_and_those_that_divide_exactly(
             assert (y - x.double() @ w.T).abs().max() < 1e-5 * y.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_cuda)])  # interpreted it is cut off
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_cuda)])  # interpreted: cut off
 def test_tiles_for_tensor_cores_are_the_weight_of_the_reference_bit_for_bit(dtype):
     linears = [random_vptq(43, 41, 2, v=v, sizes=s, outliers=(5, 4, 16), steps=("affine", "permute")) for v, s in TABLES[3:6]]
     packed = [pack(q, torch.float16, "vptq") for q in linears] + [pack(random_gptq(21, 45, 2, bits=3, group=16), torch.bfloat16, "voroq")]
@@ -168,7 +169,7 @@ def test_tiles_for_tensor_cores_are_the_weight_of_the_reference_bit_for_bit(dtyp
 
 def test_any_tiling_computes_the_same(monkeypatch):
     packed = moved(pack(random_vptq(43, 92, 2, v=6, sizes=(64, 16), groups=2, steps=("affine", "permute")), torch.float16, "vptq"))
-    for batch, cuts in {3: [(4, 16, 4, 1), (8, 8, 4, 7), (2, 64, 4, 40)], 37: [(4, 16, 16, 1), (2, 64, 16, 3), (8, 32, 64, 30)]}.items():
+    for batch, cuts in {3: [(4, 16, 4, 1), (8, 8, 4, 7)], 20: [(4, 16, 16, 1), (8, 32, 32, 30)]}.items():
         x = rows(batch, 92)
         expected = x.double() @ reference.weight(packed, torch.float64).T
         for cut in cuts:
@@ -189,7 +190,8 @@ def test_more_rows_than_are_multiplied_at_a_time(monkeypatch):
 
 
 def test_nothing_stored_is_changed():
-    packed = moved(pack(random_vptq(43, 106, 2, v=6, sizes=(64, 16), outliers=(5, 4, 16), steps=("affine", "permute")), torch.float16, "vptq"))
+    q = random_vptq(43, 106, 2, v=6, sizes=(64, 16), outliers=(5, 4, 16), steps=("affine", "permute"))
+    packed = moved(pack(q, torch.float16, "vptq"))
     before = {name: tensor.clone() for name, tensor in packed.tensors.items()}
     for batch in BATCHES:
         matmul(rows(batch, 106), packed)

@@ -114,8 +114,9 @@ def _vptq(spec: VptqSpec) -> Iterator[Piece]:
                     size, 0, 0, 0, 0, 0, 0, False, False)  # fmt: skip
         yield Piece(form, ("outlier_indices", "outlier_centroids.weight", None, None, None))
     (down, pitch), (bits, bits2) = shapes["indices"][1:], (*spec.widths, 0)[:2]
-    form = Form("table", *spec.shape, down, spec.group_size, spec.groups, size, spec.vector, power(spec.vector), True, bits + bits2,
-                bits, bits2, pitch, down * pitch, 0, spec.k * spec.vector, 0, (spec.residual or 0) * spec.vector, 0, False, False)  # fmt: skip
+    first = "table", *spec.shape, down, spec.group_size, spec.groups, size, spec.vector, power(spec.vector), True, bits + bits2, bits, bits2
+    second_step = (spec.residual or 0) * spec.vector
+    form = Form(*first, pitch, down * pitch, 0, spec.k * spec.vector, 0, second_step, 0, False, False)
     yield Piece(form, ("indices", "centroids.weight", "res_centroids.weight" if bits2 else None, None, None))
 
 

@@ -2,7 +2,8 @@
 
 Every contender gets copies of its weights that together exceed the L2 cache, and one CUDA graph that multiplies with each copy once, as a
 model does; the graph is replayed and timed by events. The ceiling is the bandwidth of a copy, measured in the same run; `of copy` is the
-share of it that reading the stored bytes reached. `error` is the largest difference to the reference in float32, relative to the largest output.
+share of it that reading the stored bytes reached. `error` is the largest difference to the reference in float32, relative to the largest
+output.
 
     python benchmarks/gpu.py                       all, at most 9 minutes; writes benchmarks/results/gpu-DEVICE-DATE.json
     python benchmarks/gpu.py --tune --only k4096   tiling by tiling, the best kept in voroq/kernels/triton_configs.json

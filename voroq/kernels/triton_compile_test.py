@@ -28,7 +28,7 @@ POINTERS |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch would be called with; all but tensors and `batch` are constants."""
+    """What one launch would be called with; all but tensors, `batch` and `rows` are constants."""
 
     kernel: Any
     name: str
@@ -39,21 +39,22 @@ class Launch:
 
 def launches(packed, x: Tensor) -> list[Launch]:
     """What a product with `packed` launches on a GPU of 132 multiprocessors, in order; nothing runs."""
-    from voroq.kernels import triton_kernel, triton_product
+    from voroq.kernels import triton_kernel, triton_product, triton_tables
 
     found: list[Launch] = []
 
     class Recorder:
-        def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(triton_product, name)
+        def __init__(self, name: str, home) -> None:
+            self.name, self.kernel = name, getattr(home, name)
 
         def __getitem__(self, grid: tuple[int, ...]):
             names = self.kernel.arg_names
             return lambda *args, **options: found.append(Launch(self.kernel, self.name, grid, dict(zip(names, args, strict=True)), options))
 
     with ExitStack() as stack:
-        for name in ("thin", "wide", "arrange", "collect"):
-            stack.enter_context(patch.object(triton_product, name, Recorder(name)))
+        for name, home in {"widen": triton_tables, **dict.fromkeys(("thin", "wide", "arrange", "collect"), triton_product)}.items():
+            stack.enter_context(patch.object(home, name, Recorder(name, home)))
+        stack.enter_context(patch.object(triton_kernel, "WORTH", 0))
         stack.enter_context(patch.object(triton_kernel, "_device", lambda device: ("none", 132)))
         triton_kernel.matmul(x, packed)
     return found
@@ -66,8 +67,9 @@ def compiled(launch: Launch, capability: int):
 
     arguments = launch.arguments
     signature = {name: POINTERS[value.dtype] if isinstance(value, Tensor) else "constexpr" for name, value in arguments.items()}
-    constants = {name: value for name, value in arguments.items() if signature[name] == "constexpr" and name != "batch"}
-    signature["batch"] = "i32"
+    counted = {name: "i32" for name in ("batch", "rows") if name in arguments}
+    constants = {name: value for name, value in arguments.items() if signature[name] == "constexpr" and name not in counted}
+    signature |= counted
     aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(arguments.values()) if isinstance(value, Tensor)}
     source = ASTSource(launch.kernel, signature, constants, aligned)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
@@ -113,7 +115,7 @@ def test_every_kernel_compiles_and_many_rows_go_through_tensor_cores():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {(place, batch) for place, batch, *_ in found} == {(place, batch) for place in range(3) for batch in (1, 16)}
-    assert {name for _, _, name, _, _ in found} == {"thin", "wide", "arrange", "collect"}
+    assert {name for _, _, name, _, _ in found} == {"widen", "thin", "wide", "arrange", "collect"}
     assert all(mma == (name == "wide") and stack == 0 for _, _, name, mma, stack in found), found
 
 

@@ -25,7 +25,8 @@ CONFIGS = Path(__file__).with_name("triton_configs.json")
 
 
 class Form(NamedTuple):
-    """Bands alike: `groups` of `along` x `down` words of `size` weights, which lie down the output or along the input.
+    """Bands alike: `groups` of `along` x `down` words of `size` weights, which lie down the output or along the input. `wide` is
+    the power of two from `size` on, `entry` how far the words of a table are apart.
 
     The number of word (m, c) of group g has `step` bits, from bit (g * group_first + c) * step of row g * group_pitch + m * pitch on; with
     `step` 0 the numbers are whole integers and the pitches count those. Steps from group to group are in elements.
@@ -39,6 +40,7 @@ class Form(NamedTuple):
     groups: int
     start: int
     size: int
+    entry: int
     wide: int
     is_down: bool
     step: int
@@ -58,6 +60,11 @@ class Form(NamedTuple):
     log: int = 0
     long: int = 0
     halvings: int = 0
+
+    def widened(self) -> "Form":
+        """The same with tables whose rows are filled up to `wide`."""
+        steps = {name: getattr(self, name) // self.size * self.wide for name in ("main_step", "second_first", "second_step")}
+        return self._replace(entry=self.wide, **steps)
 
     @property
     def pulsed(self) -> bool:
@@ -110,13 +117,13 @@ def _vptq(spec: VptqSpec) -> Iterator[Piece]:
     if spec.outliers is not None:
         o = spec.outliers
         size, down = o.columns, -(-spec.shape[0] // o.vector)
-        form = Form("table", *spec.shape, down, size, 1, 0, o.vector, power(o.vector), True, 0, o.k.bit_length() - 1, 0,
+        form = Form("table", *spec.shape, down, size, 1, 0, o.vector, o.vector, power(o.vector), True, 0, o.k.bit_length() - 1, 0,
                     size, 0, 0, 0, 0, 0, 0, False, False)  # fmt: skip
         yield Piece(form, ("outlier_indices", "outlier_centroids.weight", None, None, None))
     (down, pitch), (bits, bits2) = shapes["indices"][1:], (*spec.widths, 0)[:2]
-    first = "table", *spec.shape, down, spec.group_size, spec.groups, size, spec.vector, power(spec.vector), True, bits + bits2, bits, bits2
+    first = "table", *spec.shape, down, spec.group_size, spec.groups, size, spec.vector, spec.vector, power(spec.vector), True
     second_step = (spec.residual or 0) * spec.vector
-    form = Form(*first, pitch, down * pitch, 0, spec.k * spec.vector, 0, second_step, 0, False, False)
+    form = Form(*first, bits + bits2, bits, bits2, pitch, down * pitch, 0, spec.k * spec.vector, 0, second_step, 0, False, False)
     yield Piece(form, ("indices", "centroids.weight", "res_centroids.weight" if bits2 else None, None, None))
 
 
@@ -135,7 +142,7 @@ def _run(run: Run, shape: tuple[int, int], start: int, mark: str) -> Piece:
         (bits, bits2), second_first = run.form.widths, run.form.sizes[0] * size
     main_step = prod(shapes["weight_tables"][1:]) if run.form.rows else 0
     kind = "table" if isinstance(run.form, (TableForm, ResidualForm)) else run.form.kind
-    form = Form(kind, *shape, down, along, run.count, start, size, power(size), run.tile.cols == 1, run.width, bits, bits2,
+    form = Form(kind, *shape, down, along, run.count, start, size, size, power(size), run.tile.cols == 1, run.width, bits, bits2,
                 pitch, 0, along, main_step, second_first, main_step, words_for(shape[0], run.width), run.scale, run.zero)  # fmt: skip
     table = f"weight_tables{mark}" if run.form.rows else None
     optional = [f"{name}{mark}" if has else None for name, has in (("weight_scales", run.scale), ("weight_zeros", run.zero))]
@@ -172,11 +179,12 @@ def batch_class(batch: int) -> int:
 
 
 def _rule(form: Form, batch: int, units: int) -> Tiling:
-    """Tiles that fit into registers, and four programs for every multiprocessor. Chosen from compiled code, not measured."""
+    """Tiles that fit into registers, and four programs for every multiprocessor. Chosen by counting instructions, not measured."""
     rows, alone = batch_class(batch), form.kind == "grid"  # every weight of a grid is a word: twice the loads
     if batch <= THIN:
-        along = min(64, power(form.along), max(1, 2048 // form.wide))
-        down, warps = min(power(form.down), max(1, (1024 if alone else 2048) // (along * form.wide * rows))), 4
+        along = min(32, power(form.along), max(1, 2048 // form.wide))
+        sums = (1024 if alone else 2048 if form.pulsed else 4096) * (1 if rows == 1 else 2)
+        down, warps = min(power(form.down), max(1, sums // (along * form.wide * rows))), 4
     else:
         deep, wide = (1, form.wide) if form.is_down else (form.wide, 1)
         along = max(16 // deep, 1, min((16 if form.pulsed else 32 if alone else 64) // deep, power(form.along)))
@@ -184,7 +192,7 @@ def _rule(form: Form, batch: int, units: int) -> Tiling:
         warps = 8 if rows >= 64 else 4
     programs = -(-form.down // down) * -(-batch // rows)
     tiles = form.groups * -(-form.along // along)
-    stages = 1 if form.pulsed else 2 if alone else 3
+    stages = 1 if form.pulsed or batch <= THIN else 2 if alone else 3
     return Tiling(down, along, rows, min(tiles, max(1, 4 * units // programs)), warps, stages)
 
 

@@ -17,13 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from voroq.kernels.triton_form import THIN, Piece, batch_class, pieces, tiling
+from voroq.kernels.triton_form import THIN, Form, Piece, batch_class, pieces, tiling
 from voroq.packed.base import Packed, Spec
 from voroq.packed.native_format import NativeSpec
 
 REALS = (torch.float32, torch.float16, torch.bfloat16)
 MOST = 1024
 """Rows of x multiplied at a time, so that slices stay small."""
+WORTH = 1 << 20
+"""Words of a matrix from which on tables of odd vector lengths are filled up first, to be read in whole words."""
 BLOCK = 1024
 """Columns or rows of a program that does not decode."""
 
@@ -72,11 +74,14 @@ def _part(x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], spec: Spec, tenso
     into = y if alone else _floats(x, slices, *y.shape)
     first = 0
     for piece, cut in launches:
-        form = piece.form
-        args = [ordered, into, *(tensors[name] if name else None for name in piece.names), _book(piece, x.device)]
+        form, (codes, main, second, *rest) = piece.form, (tensors[name] if name else None for name in piece.names)
+        if _worth_widening(form):
+            main, second, form = _wide(main, form), _wide(second, form), form.widened()
+        args = [ordered, into, codes, main, second, *rest, _book(piece, x.device)]
         grid, known = (-(-form.down // cut.rows), cut.splits), {"num_warps": cut.warps, "num_stages": cut.stages}
         if thin:
-            product.thin[grid](*args, batch, form, cut, first, **known)
+            short = second is not None and x.dtype == main.dtype == torch.float16  # one rounding, as that to the type of x would be
+            product.thin[grid](*args, batch, form, cut, first, short, **known)
         else:
             product.wide[(*grid, -(-batch // cut.batch))](*args, perm, *own, batch, form, cut, first, interpreted(), **known)
         first += cut.splits
@@ -84,6 +89,22 @@ def _part(x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], spec: Spec, tenso
         rows = (scale, shift) if by_row else (None, None)
         grid = -(-y.shape[1] // BLOCK), batch
         product.collect[grid](into, y, dots, *rows, batch, y.shape[1], slices, blocks, BLOCK)
+
+
+def _worth_widening(form: Form) -> bool:
+    return form.kind == "table" and form.entry != form.wide and form.down * form.along * form.groups >= WORTH
+
+
+def _wide(table: Tensor | None, form: Form) -> Tensor | None:
+    """`table` with every word filled up to a power of two."""
+    from voroq.kernels.triton_tables import widen
+
+    if table is None:
+        return None
+    rows = table.numel() // form.size
+    wide = torch.empty(rows, form.wide, dtype=table.dtype, device=table.device)
+    widen[(-(-wide.numel() // BLOCK),)](table, wide, rows, form.size, form.wide, BLOCK)
+    return wide
 
 
 def _basis(spec: Spec, tensors: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:

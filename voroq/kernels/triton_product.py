@@ -23,8 +23,9 @@ from voroq.kernels.triton_tables import table_words
 
 @triton.jit
 @no_type_check
-def thin(x, y, codes, main, second, scales, zeros, book, batch, F: tl.constexpr, T: tl.constexpr, SLICE: tl.constexpr):
-    """y[SLICE + split] += x @ w.T for this piece; x [batch columns] and y [slices batch out] are of any real type."""
+def thin(x, y, codes, main, second, scales, zeros, book, batch, F: tl.constexpr, T: tl.constexpr, SLICE: tl.constexpr,
+         SHORT: tl.constexpr):  # fmt: skip
+    """y[SLICE + split] = x @ w.T for this piece; x [batch columns] and y [slices batch out] are of any real type."""
     m = tl.program_id(0) * T.rows + tl.arange(0, T.rows)
     split, n = tl.program_id(1), tl.arange(0, T.batch)
     each: tl.constexpr = (F.along + T.along - 1) // T.along
@@ -34,7 +35,7 @@ def thin(x, y, codes, main, second, scales, zeros, book, batch, F: tl.constexpr,
     for i in tl.range(split * share, min((split + 1) * share, F.groups * each), num_stages=T.stages):
         g = tl.full([], 0, tl.int64) + i // each
         c = (i % each) * T.along + tl.arange(0, T.along)
-        w = _weights(codes, main, second, scales, zeros, book, g, m, c, F)
+        w = _weights(codes, main, second, scales, zeros, book, g, m, c, F, SHORT)
         column, inside = _columns(g, c, F)
         x_tile = tl.load(x_row + column[None, :, :], mask=(n < batch)[:, None, None] & inside[None, :, :], other=0).to(tl.float32)
         sums += w[None, :, :, :] * x_tile[:, None, :, :]
@@ -68,7 +69,7 @@ def wide(x, y, codes, main, second, scales, zeros, book, perm, col_scale, col_sh
     for i in range(split * share, min((split + 1) * share, F.groups * each)):
         g = tl.full([], 0, tl.int64) + i // each
         c = (i % each) * T.along + tl.arange(0, T.along)
-        w = _weights(codes, main, second, scales, zeros, book, g, m, c, F)
+        w = _weights(codes, main, second, scales, zeros, book, g, m, c, F, False)
         w = tl.permute(w, (1, 0, 2)).reshape(DEEP, OUT) if F.is_down else tl.trans(w.reshape(OUT, DEEP))
         column, inside = _columns(g, c, F)
         column, inside = column.reshape(DEEP), inside.reshape(DEEP)
@@ -134,7 +135,7 @@ def collect(slices, y, dots, row_scale, row_shift, batch, OUT: tl.constexpr, SLI
 
 @triton.jit
 @no_type_check
-def _weights(codes, main, second, scales, zeros, book, g, m, c, F: tl.constexpr):
+def _weights(codes, main, second, scales, zeros, book, g, m, c, F: tl.constexpr, SHORT: tl.constexpr):
     """Float32 weights [rows along wide] of the words (m, c) of group g, in the basis of the codes."""
     m_ok = m < F.down
     ok = m_ok[:, None] & (c < F.along)[None, :]
@@ -145,7 +146,7 @@ def _weights(codes, main, second, scales, zeros, book, g, m, c, F: tl.constexpr)
         residual = second
         if F.bits2 > 0:
             residual += F.second_first + g * F.second_step
-        found = table_words(code, main + g * F.main_step, residual, F.bits, F.bits2, F.size, F.wide)
+        found = table_words(code, main + g * F.main_step, residual, F.bits, F.bits2, F.size, F.wide, F.entry, SHORT)
     elif F.kind == "grid":
         found = grid_words(code, zeros if zeros is None else zeros + g * F.zero_pitch, m, m_ok, F.step, F.zeroed)
     elif F.kind == "pyramids":

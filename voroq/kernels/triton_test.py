@@ -179,6 +179,21 @@ def test_any_tiling_computes_the_same(monkeypatch):
             assert torch.equal(y, matmul(x, packed))
 
 
+def test_tables_of_odd_vectors_are_filled_up_where_that_is_worth_it(monkeypatch):
+    tables = ((6, (64,)), (12, (64, 32)), (8, (16, 16)))
+    linears = [random_vptq(43, 90, 2, v=v, sizes=sizes, groups=2, outliers=(6, 3, 8)) for v, sizes in tables]
+    rng = torch.Generator().manual_seed(0)
+    band, codes = random_band(0, 42, Tile(1, 6), random_table((32, 8), 6, rng), 19, rng, scale=True)
+    packed = [pack(q, torch.float16, "vptq") for q in linears]
+    packed.append(pack(Quantized((19, 42), random_transform(42, (), rng), (band,), (codes,)), torch.float16, "voroq"))
+    for each, batch in product(map(moved, packed), (1, 5)):
+        x = rows(batch, each.spec.shape[1])
+        monkeypatch.setattr(triton_kernel, "WORTH", 1 << 20)
+        expected = matmul(x, each)
+        monkeypatch.setattr(triton_kernel, "WORTH", 0)
+        assert torch.equal(matmul(x, each), expected), each.spec
+
+
 def test_more_rows_than_are_multiplied_at_a_time(monkeypatch):
     monkeypatch.setattr(triton_kernel, "MOST", 40)
     packed = moved(pack(random_vptq(19, 48, 2, v=4, steps=("permute",)), torch.float16, "vptq"))

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from voroq.kernels.triton_form import THIN, Form, Piece, batch_class, pieces, tiling
+from voroq.kernels.triton_form import THIN, Form, Piece, Tiling, batch_class, pieces, tiling
 from voroq.packed.base import Packed, Spec
 from voroq.packed.native_format import NativeSpec
 
@@ -47,8 +47,9 @@ def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*bat
 
 def _multiply(x: Float[Tensor, "n in"], spec: Spec, tensors: dict[str, Tensor]) -> Float[Tensor, "n out"]:
     y = torch.empty(x.shape[0], spec.shape[0], dtype=x.dtype, device=x.device)
-    for first in range(0, x.shape[0], MOST):
-        _part(x[first : first + MOST], y[first : first + MOST], spec, tensors)
+    with torch.cuda.device_of(x):  # where Triton launches
+        for first in range(0, x.shape[0], MOST):
+            _part(x[first : first + MOST], y[first : first + MOST], spec, tensors)
     return y
 
 
@@ -119,7 +120,7 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _tiling(piece: Piece, x: Tensor):
+def _tiling(piece: Piece, x: Tensor) -> Tiling:
     return tiling(piece.form, batch_class(x.shape[0]), *_device(x.device))
 
 

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from voroq.errors import VoroqError
-from voroq.kernels import cpu, reference
+from voroq.kernels import cpu, reference, triton_kernel
 from voroq.packed.base import Packed, Spec
 from voroq.packed.format import spec_from_json
 
-KERNELS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton_kernel, "reference": reference}
 """Fastest first; `reference` is last and supports everything."""
 VARIABLE = "VOROQ_KERNEL"
 

@@ -171,7 +171,7 @@ def test_a_kernel_can_be_forced(monkeypatch):
     with pytest.raises(VoroqError, match=r"=cpu cannot multiply a vptq layout of 43 x 106 weights with inputs of torch.float64"):
         pick(packed.spec, rows(1, 106).double())
     monkeypatch.setenv("VOROQ_KERNEL", "gpu")
-    with pytest.raises(VoroqError, match=r"VOROQ_KERNEL='gpu' is unknown; choose one of cpu, reference"):
+    with pytest.raises(VoroqError, match=r"VOROQ_KERNEL='gpu' is unknown; choose one of cpu, triton, reference"):
         pick(packed.spec, rows(1, 106))
 
 

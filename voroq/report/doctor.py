@@ -13,7 +13,7 @@ from rich.text import Text
 
 from voroq import native
 from voroq.kernels import KERNELS, reference
-from voroq.packed.base import Spec
+from voroq.packed.base import Packed, Spec
 from voroq.packed.codebooks import GridForm, TableForm
 from voroq.packed.native_format import NativeSpec, Run
 from voroq.packed.random import random_packed
@@ -76,9 +76,11 @@ def diagnose() -> Diagnosis:
 
 
 def _test(kernel: str, name: str, spec: Spec) -> SelfTest:
+    device = "cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu"
     packed, errors = random_packed(spec, torch.float32), []
+    packed = Packed(spec, {name: tensor.to(device) for name, tensor in packed.tensors.items()})
     for batch in BATCHES:
-        x = torch.randn(batch, spec.shape[1], generator=torch.Generator().manual_seed(batch))
+        x = torch.randn(batch, spec.shape[1], generator=torch.Generator().manual_seed(batch)).to(device)
         if not KERNELS[kernel].supports(spec, x):
             return SelfTest(kernel, name, None)
         expected = x.double() @ reference.weight(packed, torch.float64).T

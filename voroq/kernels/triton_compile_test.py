@@ -1,0 +1,123 @@
+"""Every kernel compiles for GPUs that need not be there, and keeps what it works on in registers.
+
+Compiling needs Triton without its interpreter: the test runs this file in a process of its own. `launches` and `compiled` are also how to
+look at the machine code: `compiled(launch, 90).asm["ptx"]`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch would be called with; all but tensors, `batch` and `rows` are constants."""
+
+    kernel: Any
+    name: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+def launches(packed, x: Tensor) -> list[Launch]:
+    """What a product with `packed` launches on a GPU of 132 multiprocessors, in order; nothing runs."""
+    from voroq.kernels import triton_kernel, triton_product, triton_tables
+
+    found: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, name: str, home) -> None:
+            self.name, self.kernel = name, getattr(home, name)
+
+        def __getitem__(self, grid: tuple[int, ...]):
+            names = self.kernel.arg_names
+            return lambda *args, **options: found.append(Launch(self.kernel, self.name, grid, dict(zip(names, args, strict=True)), options))
+
+    with ExitStack() as stack:
+        for name, home in {"widen": triton_tables, **dict.fromkeys(("thin", "wide", "arrange", "collect"), triton_product)}.items():
+            stack.enter_context(patch.object(home, name, Recorder(name, home)))
+        stack.enter_context(patch.object(triton_kernel, "WORTH", 0))
+        stack.enter_context(patch.object(triton_kernel, "_device", lambda device: ("none", 132)))
+        triton_kernel.matmul(x, packed)
+    return found
+
+
+def compiled(launch: Launch, capability: int):
+    """`launch` compiled for NVIDIA GPUs of `capability` (90: Hopper)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    arguments = launch.arguments
+    signature = {name: POINTERS[value.dtype] if isinstance(value, Tensor) else "constexpr" for name, value in arguments.items()}
+    counted = {name: "i32" for name in ("batch", "rows") if name in arguments}
+    constants = {name: value for name, value in arguments.items() if signature[name] == "constexpr" and name not in counted}
+    signature |= counted
+    aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(arguments.values()) if isinstance(value, Tensor)}
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def stack(cubin: bytes) -> int:
+    """Bytes a thread keeps outside of registers."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
+
+
+def main() -> None:
+    from voroq.packed.codebooks import GridForm, PyramidsForm
+    from voroq.packed.native_format import NativeSpec, Run
+    from voroq.packed.random import random_packed
+    from voroq.packed.vptq_format import Outliers, VptqSpec
+    from voroq.quantized import Tile
+
+    specs = [
+        VptqSpec((1000, 512), 6, 256, 16, 2, Outliers(12, 4, 16), True, True),
+        NativeSpec((256, 256), ("permute",), (Run(2, 128, Tile(1, 1), GridForm(3), True, True),)),
+        NativeSpec((256, 64), (), (Run(1, 64, Tile(8, 1), PyramidsForm(8, 40, (50, 20)), True, False),)),
+    ]
+    found = []
+    for place, spec in enumerate(specs):
+        for batch in (1, 16):
+            for launch in launches(random_packed(spec, torch.float16), torch.zeros(batch, spec.shape[1], dtype=torch.float16)):
+                code = compiled(launch, 80 if batch == 1 else 90).asm
+                found.append([place, batch, launch.name, "mma" in code["ptx"], stack(code["cubin"])])
+    sys.stdout.write(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_and_many_rows_go_through_tensor_cores():
+    known = {**os.environ, "TRITON_INTERPRET": "0", "VOROQ_KERNEL": "", "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=known)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {(place, batch) for place, batch, *_ in found} == {(place, batch) for place in range(3) for batch in (1, 16)}
+    assert {name for _, _, name, _, _ in found} == {"widen", "thin", "wide", "arrange", "collect"}
+    assert all(mma == (name == "wide") and stack == 0 for _, _, name, mma, stack in found), found
+
+
+if __name__ == "__main__":
+    main()

@@ -8,19 +8,19 @@ import ctypes
 import weakref
 from collections import OrderedDict
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 """Of the interface; a library built from other sources is not used."""
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 
 REALS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-TABLE, GRID = 0, 1
+TABLE, GRID, PYRAMID = 0, 1, 2
 
 
 class Band(ctypes.Structure):
@@ -28,7 +28,7 @@ class Band(ctypes.Structure):
 
     _fields_ = (
         *[("words", c_void_p), ("pitch", c_int64), ("first", c_int64), ("along", c_int64), ("column", c_int64)],
-        *[(name, c_void_p) for name in ("table", "residual", "scale", "zeros")],
+        *[(name, c_void_p) for name in ("table", "residual", "scale", "zeros", "pyramid")],
         *[(name, c_int32) for name in ("rows", "cols", "width", "bits", "residual_bits", "kind", "real")],
     )
 
@@ -93,6 +93,42 @@ class Index:
         return best
 
 
+class Pyramid:
+    """What numbers of pyramids are decoded with, made once for a shape and kept: `pyramid`."""
+
+    def __init__(self, dim: int, pulses: tuple[int, ...], bits: int, gains: int) -> None:
+        self.dim, self.levels = dim, len(pulses)
+        self.handle = library().voroq_pyramid_new(dim, (c_int32 * len(pulses))(*pulses), len(pulses), bits, gains)
+        if not self.handle:
+            raise MemoryError(f"no memory for pyramids of dimension {dim} with {pulses} pulses")
+
+    def __del__(self) -> None:
+        if handle := getattr(self, "handle", None):
+            library().voroq_pyramid_free(handle)
+
+    def nearest(
+        self, v: Float[Tensor, "n dim"], scales: Float[Tensor, "levels"], isa: int = -1
+    ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n dim"]]:
+        """Level and point y of the word scales[level] * y nearest to each of `v`; level len(scales) is the zero vector."""
+        v, scales = v.detach().contiguous(), scales.detach().float().contiguous()
+        level, y = torch.empty(v.shape[0], dtype=torch.int64), torch.empty_like(v)
+        given = (scales.data_ptr(), v.data_ptr(), v.shape[0], level.data_ptr(), y.data_ptr())
+        call("voroq_project", self.handle, *given, torch.get_num_threads(), isa)
+        return level, y
+
+
+MOST_PULSES = 127
+PYRAMID_DIMS = (8, 16)
+
+
+@lru_cache(maxsize=256)
+def pyramid(dim: int, pulses: tuple[int, ...], bits: int, gains: int = 0) -> Pyramid | None:
+    """The pyramids of a union, under one number of `bits` bits, or one pyramid with `gains`; None where the library lacks them."""
+    if library() is None or dim not in PYRAMID_DIMS or max(pulses) > MOST_PULSES:
+        return None
+    return Pyramid(dim, pulses, bits, gains)
+
+
 _KEPT: OrderedDict[int, tuple[weakref.ref, int, Index]] = OrderedDict()
 _MOST = 8
 
@@ -127,4 +163,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.voroq_index_new.restype, found.voroq_index_new.argtypes = c_void_p, (c_void_p, c_int64, c_int32)
     found.voroq_index_free.restype, found.voroq_index_free.argtypes = None, (c_void_p,)
     found.voroq_nearest.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32)
+    found.voroq_pyramid_new.restype = c_void_p
+    found.voroq_pyramid_new.argtypes = (c_int32, ctypes.POINTER(c_int32), c_int32, c_int32, c_int32)
+    found.voroq_pyramid_free.restype, found.voroq_pyramid_free.argtypes = None, (c_void_p,)
+    found.voroq_project.argtypes = (*(c_void_p,) * 3, c_int64, c_void_p, c_void_p, c_int32, c_int32)
     return found, None

@@ -3,6 +3,7 @@
 #include "index.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "pyramid.h"
 
 #include <algorithm>
 #include <cstring>
@@ -129,6 +130,16 @@ Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool wid
     Ready r{band, nullptr, nullptr, nullptr, nullptr, 0, F32};
     if (band.kind == GRID) return r;
     const int64_t size = int64_t(band.rows) * band.cols, entries = int64_t(1) << band.bits;
+    if (band.kind == PYRAMID) {
+        const auto& pyramid = *static_cast<const Pyramid*>(band.pyramid);
+        const int64_t scales = pyramid.gains ? pyramid.gains : pyramid.levels;
+        float* to = scratch.take(scales + 1);
+        kernels.widen(band.table, band.real, scales, to);
+        to[scales] = 0;
+        r.table = to;
+        r.lanes = int(size);
+        return r;
+    }
     r.lanes = lanes_for(size);
     if (!widen && entries > SMALL && size == r.lanes && (band.real == BF16 || (band.real == F16 && &kernels != &portable))) {
         r.table = band.table;
@@ -143,6 +154,11 @@ Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool wid
 bool can(const Band& band) {
     const int64_t size = int64_t(band.rows) * band.cols;
     if (band.rows != 1 && band.cols != 1) return false;
+    if (band.kind == PYRAMID) {
+        if (!band.pyramid) return false;
+        const auto& pyramid = *static_cast<const Pyramid*>(band.pyramid);
+        return size == pyramid.dim && band.width <= 64 && band.width == pyramid.bits + (pyramid.gains ? __builtin_ctz(unsigned(pyramid.gains)) : 0);
+    }
     if (band.kind == GRID) return size == 1 && band.bits <= 8 && band.width == band.bits;
     return size <= 16 && band.width <= 32 && band.bits + band.residual_bits <= band.width;
 }
@@ -307,6 +323,17 @@ int32_t run_nearest(const Index& index, const float* v, int64_t n, int64_t* best
     return 0;
 }
 
+int32_t run_project(const Pyramid& pyramid, const float* scales, const float* v, int64_t n, int64_t* level, float* y, int threads, int32_t wanted) {
+    const Isa* isa = choose(wanted);
+    if (!isa || pyramid.gains) return 1;
+    const int64_t step = 64;
+    parallel((n + step - 1) / step, threads, [&](int64_t i) {
+        const int64_t at = i * step;
+        isa->kernels->project(pyramid, scales, v + at * pyramid.dim, std::min(step, n - at), level + at, y + at * pyramid.dim);
+    });
+    return 0;
+}
+
 // No exception may cross the C interface: there may be no memory, or the product is none that this library has.
 template <class Work>
 int32_t guarded(const Work& work) {
@@ -340,3 +367,14 @@ void* voroq_index_new(const float* table, int64_t k, int32_t dim) {
     }
 }
 void voroq_index_free(void* index) { delete static_cast<voroq::OwnedIndex*>(index); }
+void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains) {
+    try {
+        return levels < 1 || levels > 64 ? nullptr : static_cast<voroq::Pyramid*>(new voroq::OwnedPyramid(dim, pulses, levels, bits, gains));
+    } catch (...) {
+        return nullptr;
+    }
+}
+void voroq_pyramid_free(void* pyramid) { delete static_cast<voroq::OwnedPyramid*>(static_cast<voroq::Pyramid*>(pyramid)); }
+int32_t voroq_project(const void* pyramid, const float* scales, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa) {
+    return voroq::guarded([&] { return voroq::run_project(*static_cast<const voroq::Pyramid*>(pyramid), scales, v, n, level, y, threads, isa); });
+}

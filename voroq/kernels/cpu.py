@@ -1,8 +1,8 @@
 """y = x @ w.T on the CPU without building w: codes are unpacked, looked up and multiplied in one pass (csrc/cpu).
 
 Reads the packed tensors as they are stored; nothing is prepared or kept. Up to `FUSED` rows of x it is one pass for every eight; with
-more, panels of w that fit into the cache are decoded and multiplied by torch. Tables, and grids of up to 8 bits, along one side of the
-matrix; all sums in float32. The result does not depend on the number of threads.
+more, panels of w that fit into the cache are decoded and multiplied by torch. Tables, grids of up to 8 bits, and pyramids of 8 or 16
+dimensions, along one side of the matrix; all sums in float32. The result does not depend on the number of threads.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch import Tensor
 from voroq import native
 from voroq.native import REALS, Band, Product
 from voroq.packed.base import Packed, Spec
-from voroq.packed.codebooks import GridForm, ResidualForm, TableForm
+from voroq.packed.codebooks import Form, GainShapeForm, GridForm, PyramidsForm, ResidualForm, TableForm
 from voroq.packed.native_format import NativeSpec, Run, suffix
 from voroq.packed.vptq_format import VptqSpec
 
@@ -43,6 +43,8 @@ class Plan:
     """perm, bytes of one of its entries, scale, shift"""
     rows: tuple[int | None, int | None]
     real: int
+    pyramids: tuple[native.Pyramid, ...]
+    """What the bands point to, kept while the plan is."""
 
 
 def supports(spec: Spec, x: Float[Tensor, "*batch in"]) -> bool:
@@ -137,6 +139,7 @@ def _plan(spec: Spec, facts: tuple[tuple[str, int, torch.dtype], ...]) -> Plan:
         (at.get(perm), perm_bytes, *((None, None) if by_row else scales)),
         scales if by_row else (None, None),
         REALS[real],
+        tuple(found for run in getattr(spec, "runs", ()) if (found := _pyramid(run.form))),
     )
 
 
@@ -147,7 +150,7 @@ def _vptq_bands(spec: VptqSpec, at: Pointers, dtypes: dict[str, torch.dtype], re
         size, bits = o.columns, o.k.bit_length() - 1
         pitch = -(-o.columns * wide // 32)
         yield Band(
-            *(at["outlier_indices"], pitch, 0, o.columns, 0, at["outlier_centroids.weight"], None, None, None),
+            *(at["outlier_indices"], pitch, 0, o.columns, 0, at["outlier_centroids.weight"], None, None, None, None),
             *(o.vector, 1, wide, bits, 0, native.TABLE, REALS[real]),
         )
     shapes = {stored.name: stored.shape for stored in spec.layout()}
@@ -157,7 +160,7 @@ def _vptq_bands(spec: VptqSpec, at: Pointers, dtypes: dict[str, torch.dtype], re
         main, second = (at[n] + t * shapes[n][1] * real.itemsize if n in at else None for n in ("centroids.weight", "res_centroids.weight"))
         yield Band(
             *(at["indices"] + t * down * words * 4, words, 0, spec.group_size, size + t * spec.group_size),
-            *(main, second, None, None),
+            *(main, second, None, None, None),
             *(spec.vector, 1, sum(spec.widths), bits, residual_bits, native.TABLE, REALS[real]),
         )
 
@@ -174,7 +177,7 @@ def _run_bands(run: Run, out: int, start: int, at: Pointers, real: torch.dtype) 
     shapes = {stored.name: stored.shape for stored in run.layout(out, "")}
     pitch = shapes["weight_codes"][1]
     along = run.columns // run.tile.cols
-    widths = (*run.form.widths, 0)[:2]
+    widths, shared = (*run.form.widths, 0)[:2], _pyramid(run.form)
     sizes = {name: prod(shape[1:]) * (4 if name == "weight_zeros" else real.itemsize) for name, shape in shapes.items()}
     for i in range(run.count):
         own = {name: at[name] + i * sizes[name] for name in shapes if name != "weight_codes"}
@@ -182,10 +185,23 @@ def _run_bands(run: Run, out: int, start: int, at: Pointers, real: torch.dtype) 
         second = table + (1 << widths[0]) * run.tile.size * real.itemsize if isinstance(run.form, ResidualForm) else None
         yield Band(
             *(at["weight_codes"], pitch, i * along, along, start + i * run.columns),
-            *(table, second, own.get("weight_scales"), own.get("weight_zeros")),
+            *(table, second, own.get("weight_scales"), own.get("weight_zeros"), shared.handle if shared else None),
             *(run.tile.rows, run.tile.cols, run.width, widths[0], widths[1] if second else 0),
-            *(native.GRID if isinstance(run.form, GridForm) else native.TABLE, REALS[real]),
+            *(KINDS.get(type(run.form), native.TABLE), REALS[real]),
         )
+
+
+KINDS = {GridForm: native.GRID, PyramidsForm: native.PYRAMID, GainShapeForm: native.PYRAMID}
+"""What is not a table."""
+
+
+def _pyramid(form: Form) -> native.Pyramid | None:
+    """The library's pyramids of a form; None where it has none, or the form is another."""
+    if isinstance(form, PyramidsForm):
+        return native.pyramid(form.dim, form.pulses, form.bits)
+    if isinstance(form, GainShapeForm):
+        return native.pyramid(form.dim, (form.pulses,), sum(form.widths[:-1]), form.gains)
+    return None
 
 
 @lru_cache(maxsize=1024)
@@ -200,5 +216,7 @@ def _known(spec: Spec) -> bool:
 def _known_run(run: Run) -> bool:
     if isinstance(run.form, GridForm):
         return run.tile.size == 1
+    if isinstance(run.form, PyramidsForm | GainShapeForm):
+        return 1 in (run.tile.rows, run.tile.cols) and _pyramid(run.form) is not None
     tables = isinstance(run.form, TableForm) or (isinstance(run.form, ResidualForm) and len(run.form.sizes) == 2)
     return tables and 1 in (run.tile.rows, run.tile.cols) and run.tile.size <= LONGEST and run.width <= 32

@@ -44,6 +44,12 @@ class Product(ctypes.Structure):
     )
 
 
+class Union(ctypes.Structure):
+    """Pyramids with a scale each."""
+
+    _fields_ = (("dim", c_int32), ("levels", c_int32), ("pulses", ctypes.POINTER(c_int32)), ("scales", c_void_p))
+
+
 class Failed(RuntimeError):
     """The library refused a call; a fault of ours, not of the user's."""
 
@@ -97,28 +103,15 @@ class Pyramid:
     """What numbers of pyramids are decoded with, made once for a shape and kept: `pyramid`."""
 
     def __init__(self, dim: int, pulses: tuple[int, ...], bits: int, gains: int) -> None:
-        self.dim, self.levels = dim, len(pulses)
         self.handle = library().voroq_pyramid_new(dim, (c_int32 * len(pulses))(*pulses), len(pulses), bits, gains)
         if not self.handle:
             raise MemoryError(f"no memory for pyramids of dimension {dim} with {pulses} pulses")
-
-    def __del__(self) -> None:
-        if handle := getattr(self, "handle", None):
-            library().voroq_pyramid_free(handle)
-
-    def nearest(
-        self, v: Float[Tensor, "n dim"], scales: Float[Tensor, "levels"], isa: int = -1
-    ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n dim"]]:
-        """Level and point y of the word scales[level] * y nearest to each of `v`; level len(scales) is the zero vector."""
-        v, scales = v.detach().contiguous(), scales.detach().float().contiguous()
-        level, y = torch.empty(v.shape[0], dtype=torch.int64), torch.empty_like(v)
-        given = (scales.data_ptr(), v.data_ptr(), v.shape[0], level.data_ptr(), y.data_ptr())
-        call("voroq_project", self.handle, *given, torch.get_num_threads(), isa)
-        return level, y
+        weakref.finalize(self, library().voroq_pyramid_free, self.handle)
 
 
-MOST_PULSES = 127
 PYRAMID_DIMS = (8, 16)
+MOST_PULSES = 127
+MOST_LEVELS = 64
 
 
 @lru_cache(maxsize=256)
@@ -127,6 +120,17 @@ def pyramid(dim: int, pulses: tuple[int, ...], bits: int, gains: int = 0) -> Pyr
     if library() is None or dim not in PYRAMID_DIMS or max(pulses) > MOST_PULSES:
         return None
     return Pyramid(dim, pulses, bits, gains)
+
+
+def project(
+    v: Float[Tensor, "n dim"], pulses: tuple[int, ...], scales: Float[Tensor, "levels"], isa: int = -1
+) -> tuple[Int[Tensor, "n"], Float[Tensor, "n dim"]]:
+    """Level and point y, of pulses[level] pulses, of the word scales[level] * y nearest to each of `v`; level len(pulses) is zero."""
+    v, scales = v.detach().contiguous(), scales.detach().contiguous()
+    level, y = torch.empty(v.shape[0], dtype=torch.int64), torch.empty_like(v)
+    words = Union(v.shape[1], len(pulses), (c_int32 * len(pulses))(*pulses), scales.data_ptr())
+    call("voroq_project", words, v.data_ptr(), v.shape[0], level.data_ptr(), y.data_ptr(), torch.get_num_threads(), isa)
+    return level, y
 
 
 _KEPT: OrderedDict[int, tuple[weakref.ref, int, Index]] = OrderedDict()
@@ -166,5 +170,5 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.voroq_pyramid_new.restype = c_void_p
     found.voroq_pyramid_new.argtypes = (c_int32, ctypes.POINTER(c_int32), c_int32, c_int32, c_int32)
     found.voroq_pyramid_free.restype, found.voroq_pyramid_free.argtypes = None, (c_void_p,)
-    found.voroq_project.argtypes = (*(c_void_p,) * 3, c_int64, c_void_p, c_void_p, c_int32, c_int32)
+    found.voroq_project.argtypes = (ctypes.POINTER(Union), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32)
     return found, None

@@ -323,13 +323,13 @@ int32_t run_nearest(const Index& index, const float* v, int64_t n, int64_t* best
     return 0;
 }
 
-int32_t run_project(const Pyramid& pyramid, const float* scales, const float* v, int64_t n, int64_t* level, float* y, int threads, int32_t wanted) {
+int32_t run_project(const Union& words, const float* v, int64_t n, int64_t* level, float* y, int threads, int32_t wanted) {
     const Isa* isa = choose(wanted);
-    if (!isa || pyramid.gains) return 1;
+    if (!isa || (words.dim != 8 && words.dim != 16) || words.levels < 1 || words.levels > 64) return 1;
     const int64_t step = 64;
     parallel((n + step - 1) / step, threads, [&](int64_t i) {
         const int64_t at = i * step;
-        isa->kernels->project(pyramid, scales, v + at * pyramid.dim, std::min(step, n - at), level + at, y + at * pyramid.dim);
+        isa->kernels->project(words, v + at * words.dim, std::min(step, n - at), level + at, y + at * words.dim);
     });
     return 0;
 }
@@ -375,6 +375,6 @@ void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int3
     }
 }
 void voroq_pyramid_free(void* pyramid) { delete static_cast<voroq::OwnedPyramid*>(static_cast<voroq::Pyramid*>(pyramid)); }
-int32_t voroq_project(const void* pyramid, const float* scales, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa) {
-    return voroq::guarded([&] { return voroq::run_project(*static_cast<const voroq::Pyramid*>(pyramid), scales, v, n, level, y, threads, isa); });
+int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa) {
+    return voroq::guarded([&] { return voroq::run_project(*words, v, n, level, y, threads, isa); });
 }

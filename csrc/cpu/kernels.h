@@ -50,12 +50,11 @@ struct Guide {
 // Unions of pyramids, or one pyramid with gains, as numbers are turned into vectors: halved until a table has them.
 struct Pyramid {
     int dim, levels, bits, gains;
-    const int32_t* pulses;       // of every level
-    Guide top;                   // of all levels at once
-    const Guide *eights, *fours; // by pulses
-    int eight_most, four_most;   // up to this many pulses a vector of 8, or of 4, is in a table
-    const int8_t *eight, *four;
-    const uint32_t *eight_first, *four_first;
+    Guide top;                    // of all levels at once
+    const Guide *eights, *fours;  // vectors of 8 and of 4, by pulses
+    int most;                     // up to this many pulses a vector of 4 is in `table`, those with the same sum from `first` on
+    const int8_t* table;
+    const uint32_t* first;
 };
 
 struct Kernels {
@@ -66,7 +65,7 @@ struct Kernels {
     void (*widen)(const void* from, int real, int64_t count, float* to);
     void (*nearest)(const Index& index, const float* v, int64_t n, int64_t* best);
     // The nearest of the words scales[level] * y.
-    void (*project)(const Pyramid& pyramid, const float* scales, const float* v, int64_t n, int64_t* level, float* y);
+    void (*project)(const Union& words, const float* v, int64_t n, int64_t* level, float* y);
 };
 
 extern const Kernels portable;

@@ -12,7 +12,7 @@
 namespace voroq {
 
 constexpr int MOST_PULSES = 127;  // entries are bytes
-constexpr int EIGHT_MOST = 6, FOUR_MOST = 20;  // vectors in tables: 40 thousand of 8 bytes, 111 thousand of 4; both fit into an L2 cache
+constexpr int MOST_OF_FOUR = 20;  // 111 thousand vectors of 4 bytes, which fit into an L2 cache
 
 // V(n, k) for n = 0..16, or the largest integer where it does not fit.
 struct Counts {
@@ -45,15 +45,15 @@ inline void vector_of(int n, int k, uint64_t i, int8_t* y) {
     vector_of(n / 2, k - left, i % v[n / 2][k - left], y + n / 2);
 }
 
-// All vectors of n entries with up to `most` pulses.
-struct Leaves {
+// All vectors of 4 entries with few pulses.
+struct Fours {
     std::vector<int8_t> vectors;
     std::vector<uint32_t> first;  // by pulses
-    Leaves(int n, int most) {
-        for (int k = 0; k <= most; ++k) {
-            first.push_back(uint32_t(vectors.size() / size_t(n)));
-            vectors.resize(vectors.size() + counts().of[n][k] * size_t(n));
-            for (uint64_t i = 0; i < counts().of[n][k]; ++i) vector_of(n, k, i, vectors.data() + (first.back() + i) * size_t(n));
+    Fours() {
+        for (int k = 0; k <= MOST_OF_FOUR; ++k) {
+            first.push_back(uint32_t(vectors.size() / 4));
+            vectors.resize(vectors.size() + counts().of[4][k] * 4);
+            for (uint64_t i = 0; i < counts().of[4][k]; ++i) vector_of(4, k, i, vectors.data() + (first.back() + i) * 4);
         }
     }
 };
@@ -62,16 +62,14 @@ class OwnedPyramid : public Pyramid {
   public:
     OwnedPyramid(int dim, const int32_t* pulses, int levels, int bits, int gains) : Pyramid{}, pulses_(pulses, pulses + levels) {
         const int most = check(dim, bits, gains);
-        static const Leaves eight(8, EIGHT_MOST), four(4, FOUR_MOST);
+        static const Fours four;
         std::vector<Places> places{top(dim, bits)};
         for (int n : {8, 4})
             for (int k = 0; n < dim && k <= most; ++k) places.push_back(halves(n, k));
         for (const Places& at : places) guides_.push_back({splits_.data() + at.splits, guide_.data() + at.guide, at.shift});
         const Guide* inner = guides_.data() + 1;
-        const int small = most <= 2 * EIGHT_MOST + 1 ? EIGHT_MOST : -1;  // where halves rarely fit, asking costs more than splitting
-        static_cast<Pyramid&>(*this) = {
-            dim, levels, bits, gains, pulses_.data(), guides_[0], inner, inner + (dim == 16 ? most + 1 : 0), small, FOUR_MOST,
-            eight.vectors.data(), four.vectors.data(), eight.first.data(), four.first.data()};
+        static_cast<Pyramid&>(*this) = {dim, levels, bits, gains, guides_[0], inner, inner + (dim == 16 ? most + 1 : 0), MOST_OF_FOUR,
+                                        four.vectors.data(), four.first.data()};
     }
 
   private:
@@ -128,7 +126,7 @@ class OwnedPyramid : public Pyramid {
 
     Places halves(int n, int k) {
         Places at = begin();
-        guide(at, split(n, k, 0, ~uint64_t(0)), 6);
+        guide(at, split(n, k, 0, ~uint64_t(0)), 7);
         return at;
     }
 

@@ -45,6 +45,13 @@ struct Product {
     int32_t isa;             // -1: the best
 };
 
+// Words scales[level] * y, y of pulses[level] pulses.
+struct Union {
+    int32_t dim, levels;
+    const int32_t* pulses;
+    const float* scales;
+};
+
 #pragma GCC visibility push(default)
 extern "C" {
 int32_t voroq_abi();
@@ -64,7 +71,8 @@ int32_t voroq_nearest(const void* index, const float* v, int64_t n, int64_t* bes
 // and that many gains, a power of two, are named by the bits above the number's. Null for what this library lacks. Free it once.
 void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains);
 void voroq_pyramid_free(void* pyramid);
-// y[i] is the point and level[i] the level, `levels` for the zero vector, of the word scales[level] * y nearest to v_i, for v and y [n, dim].
-int32_t voroq_project(const void* pyramid, const float* scales, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa);
+// y[i] is the point and level[i] the level, `levels` for the zero vector, of the word scales[level] * y nearest to v_i, for v and y [n, dim];
+// y on level j has pulses[j] pulses. `dim` is 8 or 16.
+int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa);
 }
 #pragma GCC visibility pop

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from voroq.cli import chat, convert, demo, doctor, evaluate, inspection, methods, quantize, rotate
+from voroq.cli import bench, chat, convert, demo, doctor, evaluate, inspection, methods, quantize, rotate
 from voroq.cli.console import error_line
 from voroq.errors import VoroqError
 
@@ -39,6 +39,7 @@ for name, function in {
     "quantize": quantize.quantize,
     "rotate": rotate.rotate,
     "eval": evaluate.evaluate,
+    "bench": bench.bench,
     "inspect": inspection.inspect,
     "convert": convert.convert,
     "verify": convert.verify,

@@ -5,7 +5,7 @@ more, panels of w that fit into the cache are decoded and multiplied by torch. T
 dimensions, along one side of the matrix; all sums in float32. The result does not depend on the number of threads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm, prod
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from voroq import native
 from voroq.native import REALS, Band, Product
-from voroq.packed.base import Packed, Spec
+from voroq.packed.base import Packed, Spec, from_int16
 from voroq.packed.codebooks import Form, GainShapeForm, GridForm, PyramidsForm, ResidualForm, TableForm
 from voroq.packed.native_format import NativeSpec, Run, suffix
 from voroq.packed.vptq_format import VptqSpec
@@ -77,13 +77,31 @@ def _multiply(x: Float[Tensor, "n in"], packed: Packed) -> Float[Tensor, "n out"
         call.multiply(x, y)
         return y
     wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # no machine of this kind multiplies float16 fast
+    inner, add = _stored_inputs(x, packed)
     rows = max(1, PANEL // columns // call.plan.unit) * call.plan.unit
-    panel, x = torch.empty(min(rows, out), columns, dtype=wide), x.to(wide)
+    panel, inner = torch.empty(min(rows, out), columns, dtype=wide), inner.to(wide)
     for first in range(0, out, rows):
         part = panel[: min(rows, out - first)]
-        call.decode(first, part)
-        y[:, first : first + part.shape[0]] = x @ part.T
-    return y
+        call.decode(first, part, stored=True)
+        y[:, first : first + part.shape[0]] = inner @ part.T
+    return add(y)
+
+
+def _stored_inputs(x: Float[Tensor, "n in"], packed: Packed) -> tuple[Float[Tensor, "n in"], Callable[[Tensor], Tensor]]:
+    """x as columns in stored order want it, so that no weight has to be moved or scaled; and what is done to the product with them."""
+    tensors, vptq = packed.tensors, isinstance(packed.spec, VptqSpec)
+    perm = tensors.get("perm" if vptq else "weight_perm")
+    scale, shift = (tensors.get(name) for name in ("weight_scale", "weight_bias")) if vptq else (None, None)
+    inner, by_row = x.float(), scale is not None and packed.spec.norm_dim == 1
+    if scale is not None and not by_row:
+        inner = inner * scale.float()
+    if perm is not None:
+        inner = inner[:, from_int16(perm)]
+    if scale is None:
+        return inner, lambda y: y
+    if by_row:
+        return inner, lambda y: (y.float() * scale.float() + x.float().sum(1, keepdim=True) * shift.float()).to(x.dtype)
+    return inner, lambda y: (y.float() + (x.float() @ shift.float())[:, None]).to(x.dtype)
 
 
 class _Call:
@@ -100,8 +118,12 @@ class _Call:
     def multiply(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
         native.call("voroq_product", self._product(x, y))
 
-    def decode(self, first: int, into: Float[Tensor, "rows in"]) -> None:
-        native.call("voroq_decode", self._product(), first, first + into.shape[0], into.data_ptr(), REALS[into.dtype])
+    def decode(self, first: int, into: Float[Tensor, "rows in"], *, stored: bool = False) -> None:
+        """Rows from `first` on; `stored`: columns as they are stored, neither moved nor scaled."""
+        product = self._product()
+        if stored:
+            product.perm = product.scale = product.shift = product.row_scale = product.row_shift = None
+        native.call("voroq_decode", product, first, first + into.shape[0], into.data_ptr(), REALS[into.dtype])
 
     def _product(self, x: Tensor | None = None, y: Tensor | None = None) -> Product:
         plan, (out, columns) = self.plan, self.shape

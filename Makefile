@@ -45,5 +45,15 @@ $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES)
 	.venv-conformance/bin/python -m pip install --quiet --no-deps 'vptq==0.0.5.post1'
 	touch $@
 
+# What benchmarks/decode_cpu.py compares with. Packages that pin an older torch come without their dependencies; llama.cpp is compiled
+# here, and left out where that fails.
+.venv-peers/installed: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade pip
+	.venv-peers/bin/python -m pip install --quiet -r benchmarks/peers.txt
+	.venv-peers/bin/python -m pip install --quiet --no-deps 'vptq==0.0.5.post1' 'aqlm==1.1.7'
+	-.venv-peers/bin/python -m pip install --quiet llama-cpp-python
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-conformance demo-output
+	rm -rf $(VENV) .venv-oldest .venv-conformance .venv-peers demo-output

@@ -4,6 +4,8 @@ import argparse
 import json
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ def machine() -> dict[str, Any]:
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
     return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
             "commit": commit.stdout.strip()}  # fmt: skip
+
+
+def in_turns(works: dict[Any, Callable[[], object]], repeats: int) -> dict[Any, float]:
+    """Least seconds of each of `works`, done in turns: whatever else runs on the machine hits all of them."""
+    best = dict.fromkeys(works, float("inf"))
+    for _ in range(repeats + 1):  # the first round warms up, and counts if it is the fastest
+        for name, work in works.items():
+            begun = time.perf_counter()
+            work()
+            best[name] = min(best[name], time.perf_counter() - begun)
+    return best
 
 
 def publish(title: str, rows: list[dict[str, Any]], args: argparse.Namespace, **more: Any) -> None:

@@ -8,19 +8,19 @@ import ctypes
 import weakref
 from collections import OrderedDict
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ABI = 3
+ABI = 5
 """Of the interface; a library built from other sources is not used."""
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 
 REALS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-TABLE, GRID = 0, 1
+TABLE, GRID, PYRAMID = 0, 1, 2
 
 
 class Band(ctypes.Structure):
@@ -28,7 +28,7 @@ class Band(ctypes.Structure):
 
     _fields_ = (
         *[("words", c_void_p), ("pitch", c_int64), ("first", c_int64), ("along", c_int64), ("column", c_int64)],
-        *[(name, c_void_p) for name in ("table", "residual", "scale", "zeros")],
+        *[(name, c_void_p) for name in ("table", "residual", "scale", "zeros", "pyramid")],
         *[(name, c_int32) for name in ("rows", "cols", "width", "bits", "residual_bits", "kind", "real")],
     )
 
@@ -48,6 +48,12 @@ class Tables(ctypes.Structure):
     """The words of a tile: a table, and perhaps a second one."""
 
     _fields_ = (("main", c_void_p), ("rest", c_void_p), ("k", c_int64), ("k_rest", c_int64), ("v", c_int32), ("beam", c_int32))
+
+
+class Union(ctypes.Structure):
+    """Pyramids with a scale each."""
+
+    _fields_ = (("dim", c_int32), ("levels", c_int32), ("pulses", ctypes.POINTER(c_int32)), ("scales", c_void_p))
 
 
 class Failed(RuntimeError):
@@ -99,6 +105,40 @@ class Index:
         return best
 
 
+class Pyramid:
+    """What numbers of pyramids are decoded with, made once for a shape and kept: `pyramid`."""
+
+    def __init__(self, dim: int, pulses: tuple[int, ...], bits: int, gains: int) -> None:
+        self.handle = library().voroq_pyramid_new(dim, (c_int32 * len(pulses))(*pulses), len(pulses), bits, gains)
+        if not self.handle:
+            raise MemoryError(f"no memory for pyramids of dimension {dim} with {pulses} pulses")
+        weakref.finalize(self, library().voroq_pyramid_free, self.handle)
+
+
+PYRAMID_DIMS = (8, 16)
+MOST_PULSES = 127
+MOST_LEVELS = 64
+
+
+@lru_cache(maxsize=256)
+def pyramid(dim: int, pulses: tuple[int, ...], bits: int, gains: int = 0) -> Pyramid | None:
+    """The pyramids of a union, under one number of `bits` bits, or one pyramid with `gains`; None where the library lacks them."""
+    if library() is None or dim not in PYRAMID_DIMS or max(pulses) > MOST_PULSES:
+        return None
+    return Pyramid(dim, pulses, bits, gains)
+
+
+def project(
+    v: Float[Tensor, "n dim"], pulses: tuple[int, ...], scales: Float[Tensor, "levels"], isa: int = -1
+) -> tuple[Int[Tensor, "n"], Float[Tensor, "n dim"]]:
+    """Level and point y, of pulses[level] pulses, of the word scales[level] * y nearest to each of `v`; level len(pulses) is zero."""
+    v, scales = v.detach().contiguous(), scales.detach().contiguous()
+    level, y = torch.empty(v.shape[0], dtype=torch.int64), torch.empty_like(v)
+    words = Union(v.shape[1], len(pulses), (c_int32 * len(pulses))(*pulses), scales.data_ptr())
+    call("voroq_project", words, v.data_ptr(), v.shape[0], level.data_ptr(), y.data_ptr(), torch.get_num_threads(), isa)
+    return level, y
+
+
 _KEPT: OrderedDict[int, tuple[weakref.ref, int, Index]] = OrderedDict()
 _MOST = 8
 
@@ -135,4 +175,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.voroq_nearest.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32)
     found.voroq_feedback_tile.argtypes = (ctypes.POINTER(Tables), c_void_p, c_void_p, c_int64, *[c_void_p] * 3)
     found.voroq_descend_tile.argtypes = (ctypes.POINTER(Tables), *[c_void_p] * 3, c_int64, *[c_void_p] * 3, ctypes.POINTER(c_int64))
+    found.voroq_pyramid_new.restype = c_void_p
+    found.voroq_pyramid_new.argtypes = (c_int32, ctypes.POINTER(c_int32), c_int32, c_int32, c_int32)
+    found.voroq_pyramid_free.restype, found.voroq_pyramid_free.argtypes = None, (c_void_p,)
+    found.voroq_project.argtypes = (ctypes.POINTER(Union), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32)
     return found, None

@@ -3,6 +3,7 @@
 #include "index.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "pyramid.h"
 
 #include <algorithm>
 #include <cstring>
@@ -71,6 +72,15 @@ uint16_t to_brain(float value) {
     return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+void narrow(const float* from, int64_t count, uint16_t* to) {  // to_brain, in a form that compilers make vectors of
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, 4);
+        const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+        to[i] = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded);
+    }
+}
+
 void put_real(void* to, int32_t real, int64_t i, float value) {
     if (real == F32) static_cast<float*>(to)[i] = value;
     else static_cast<uint16_t*>(to)[i] = real == F16 ? to_half(value) : to_brain(value);
@@ -129,6 +139,16 @@ Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool wid
     Ready r{band, nullptr, nullptr, nullptr, nullptr, 0, F32};
     if (band.kind == GRID) return r;
     const int64_t size = int64_t(band.rows) * band.cols, entries = int64_t(1) << band.bits;
+    if (band.kind == PYRAMID) {
+        const auto& pyramid = *static_cast<const Pyramid*>(band.pyramid);
+        const int64_t scales = pyramid.gains ? pyramid.gains : pyramid.levels;
+        float* to = scratch.take(scales + 1);
+        kernels.widen(band.table, band.real, scales, to);
+        to[scales] = 0;
+        r.table = to;
+        r.lanes = int(size);
+        return r;
+    }
     r.lanes = lanes_for(size);
     if (!widen && entries > SMALL && size == r.lanes && (band.real == BF16 || (band.real == F16 && &kernels != &portable))) {
         r.table = band.table;
@@ -143,6 +163,11 @@ Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool wid
 bool can(const Band& band) {
     const int64_t size = int64_t(band.rows) * band.cols;
     if (band.rows != 1 && band.cols != 1) return false;
+    if (band.kind == PYRAMID) {
+        if (!band.pyramid) return false;
+        const auto& pyramid = *static_cast<const Pyramid*>(band.pyramid);
+        return size == pyramid.dim && band.width <= 64 && band.width == pyramid.bits + (pyramid.gains ? __builtin_ctz(unsigned(pyramid.gains)) : 0);
+    }
     if (band.kind == GRID) return size == 1 && band.bits <= 8 && band.width == band.bits;
     return size <= 16 && band.width <= 32 && band.bits + band.residual_bits <= band.width;
 }
@@ -279,9 +304,12 @@ int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int
     const int64_t step = (16 + tiles - 1) / tiles * tiles;
     parallel((last - first + step - 1) / step, p.threads, [&](int64_t i) {
         const int64_t from = first + i * step, to = std::min(from + step, last);
+        const bool plain = !p.perm && !scale && !shift && !p.row_scale;
+        if (plain && real == F32) return kernels.decode(bands.data(), p.count, p.out, p.in, from, to, static_cast<float*>(out) + (from - first) * p.in);
         thread_local std::vector<float> rows;
         rows.resize(size_t((to - from) * p.in));
         kernels.decode(bands.data(), p.count, p.out, p.in, from, to, rows.data());
+        if (plain && real == BF16) return narrow(rows.data(), (to - from) * p.in, static_cast<uint16_t*>(out) + (from - first) * p.in);
         for (int64_t row = from; row < to; ++row) {
             const float by = p.row_scale ? real_at(p.row_scale, p.real, row) : 1.0f, more = p.row_shift ? real_at(p.row_shift, p.real, row) : 0.0f;
             const float* stored = rows.data() + (row - from) * p.in;
@@ -303,6 +331,17 @@ int32_t run_nearest(const Index& index, const float* v, int64_t n, int64_t* best
     const int64_t step = 64;
     parallel((n + step - 1) / step, threads, [&](int64_t i) {
         isa->kernels->nearest(index, v + i * step * index.dim, std::min(step, n - i * step), best + i * step);
+    });
+    return 0;
+}
+
+int32_t run_project(const Union& words, const float* v, int64_t n, int64_t* level, float* y, int threads, int32_t wanted) {
+    const Isa* isa = choose(wanted);
+    if (!isa || (words.dim != 8 && words.dim != 16) || words.levels < 1 || words.levels > 64) return 1;
+    const int64_t step = 64;
+    parallel((n + step - 1) / step, threads, [&](int64_t i) {
+        const int64_t at = i * step;
+        isa->kernels->project(words, v + at * words.dim, std::min(step, n - at), level + at, y + at * words.dim);
     });
     return 0;
 }
@@ -340,3 +379,14 @@ void* voroq_index_new(const float* table, int64_t k, int32_t dim) {
     }
 }
 void voroq_index_free(void* index) { delete static_cast<voroq::OwnedIndex*>(index); }
+void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains) {
+    try {
+        return levels < 1 || levels > 64 ? nullptr : static_cast<voroq::Pyramid*>(new voroq::OwnedPyramid(dim, pulses, levels, bits, gains));
+    } catch (...) {
+        return nullptr;
+    }
+}
+void voroq_pyramid_free(void* pyramid) { delete static_cast<voroq::OwnedPyramid*>(static_cast<voroq::Pyramid*>(pyramid)); }
+int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa) {
+    return voroq::guarded([&] { return voroq::run_project(*words, v, n, level, y, threads, isa); });
+}

@@ -31,6 +31,32 @@ struct Index {
     float slack;             // relative error of a squared distance, at most
 };
 
+// Numbers [previous last + 1, last] of a pyramid's vectors have `left` pulses in their first half and `right` in their second; within them
+// the left half's number is the quotient by `radix`. The split before the first one ends at -1.
+struct Split {
+    uint64_t last, radix, magic;  // magic: 2**64 / radix, rounded down
+    int32_t mask;                 // 0 where all numbers name the zero vector, else -1
+    uint16_t level;
+    uint8_t left, right;
+};
+
+// Where to look for the split of number i among vectors of one size and one sum: not before guide[i >> shift].
+struct Guide {
+    const Split* splits;
+    const uint16_t* guide;
+    int shift;
+};
+
+// Unions of pyramids, or one pyramid with gains, as numbers are turned into vectors: halved until a table has them.
+struct Pyramid {
+    int dim, levels, bits, gains;
+    Guide top;                    // of all levels at once
+    const Guide *eights, *fours;  // vectors of 8 and of 4, by pulses
+    int most;                     // up to this many pulses a vector of 4 is in `table`, those with the same sum from `first` on
+    const int8_t* table;
+    const uint32_t* first;
+};
+
 struct Kernels {
     // y[b * pitch + row] += the product with `bands`, for rows [first, last) of the matrix; batch is 1, 2, 4 or 8.
     void (*product)(const Ready* bands, int64_t count, int64_t out, int64_t in, int batch, int64_t first, int64_t last, float* y, int64_t pitch);
@@ -38,6 +64,8 @@ struct Kernels {
     void (*decode)(const Ready* bands, int64_t count, int64_t out, int64_t in, int64_t first, int64_t last, float* to);
     void (*widen)(const void* from, int real, int64_t count, float* to);
     void (*nearest)(const Index& index, const float* v, int64_t n, int64_t* best);
+    // The nearest of the words scales[level] * y.
+    void (*project)(const Union& words, const float* v, int64_t n, int64_t* level, float* y);
 };
 
 extern const Kernels portable;

@@ -3,10 +3,10 @@
 #pragma once
 #include <cstdint>
 
-#define VOROQ_ABI 3
+#define VOROQ_ABI 5
 
 enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
-enum Kind : int32_t { TABLE = 0, GRID = 1 };
+enum Kind : int32_t { TABLE = 0, GRID = 1, PYRAMID = 2 };
 
 // Consecutive columns in one codebook: `along` codes a row of tiles, each of `rows` x `cols` weights.
 struct Band {
@@ -15,12 +15,13 @@ struct Band {
     int64_t first;           // place of the band's first code in its row
     int64_t along;           // codes per row of tiles
     int64_t column;          // first column, in stored order
-    const void* table;       // [2**bits, rows * cols]
+    const void* table;       // [2**bits, rows * cols]; of pyramids the scale of every level, or the gains
     const void* residual;    // [2**residual_bits, rows * cols] or null
     const void* scale;       // per row of tiles, or null
     const uint32_t* zeros;   // bit stream of a zero point per row of tiles, or null
+    const void* pyramid;     // from voroq_pyramid_new; null for other kinds
     int32_t rows, cols;      // of a tile; one of them is 1
-    int32_t width;           // bits of a code: the word's number, the residual's above it
+    int32_t width;           // bits of a code: the word's number, the residual's or the gain's above it; 64 for pyramids, 32 else, at most
     int32_t bits, residual_bits;
     int32_t kind;            // Kind
     int32_t real;            // Real, of table, residual and scale
@@ -53,6 +54,13 @@ struct VoroqTables {
     int32_t v, beam;
 };
 
+// Words scales[level] * y, y of pulses[level] pulses.
+struct Union {
+    int32_t dim, levels;
+    const int32_t* pulses;
+    const float* scales;
+};
+
 #pragma GCC visibility push(default)
 extern "C" {
 int32_t voroq_abi();
@@ -77,5 +85,12 @@ int32_t voroq_feedback_tile(
 int32_t voroq_descend_tile(
     const VoroqTables* tables, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error,
     int64_t* codes, int64_t* moves);
+// Pyramids of `dim` 8 or 16 and up to 127 pulses, `levels` of them under one number of `bits` bits. With `gains` above 0 there is one level,
+// and that many gains, a power of two, are named by the bits above the number's. Null for what this library lacks. Free it once.
+void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains);
+void voroq_pyramid_free(void* pyramid);
+// y[i] is the point and level[i] the level, `levels` for the zero vector, of the word scales[level] * y nearest to v_i, for v and y [n, dim];
+// y on level j has pulses[j] pulses. `dim` is 8 or 16.
+int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa);
 }
 #pragma GCC visibility pop

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from voroq.cli import chat, convert, demo, doctor, evaluate, inspection, methods, plan, quantize, rotate
+from voroq.cli import bench, chat, convert, demo, doctor, evaluate, inspection, methods, plan, quantize, rotate
 from voroq.cli.console import error_line
 from voroq.errors import VoroqError
 
@@ -40,6 +40,7 @@ for name, function in {
     "plan": plan.plan,
     "rotate": rotate.rotate,
     "eval": evaluate.evaluate,
+    "bench": bench.bench,
     "inspect": inspection.inspect,
     "convert": convert.convert,
     "verify": convert.verify,

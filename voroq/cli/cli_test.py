@@ -7,6 +7,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from voroq.cli import main
@@ -279,6 +280,26 @@ def test_eval_pools_its_texts_and_prints_a_row_for_each(capsys, tmp_path, monkey
     assert "books" in out
     assert "mine.txt" in out
     assert "16.000 bits per weight, context 32" in out
+
+
+def test_bench_measures_both_models_at_every_batch(capsys):
+    given = ["--batch", "1", "--batch", "2", "--prompt", "8", "--new", "2", "--repeats", "1"]
+    assert run("bench", DEMO_MODEL, "--against", f"{DEMO_MODEL}/", *given, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(speed["model"], speed["batch"]) for speed in found["speeds"]] == [
+        (name, batch) for batch in (1, 2) for name in (str(DEMO_MODEL), f"{DEMO_MODEL}/")
+    ]
+    assert all(speed["prefill"] > 0 for speed in found["speeds"])
+    assert all(speed["decode"] is None or (speed["decode"] > 0 and speed["of_limit"] > 0) for speed in found["speeds"])
+    model = LlamaForCausalLM.from_pretrained(DEMO_MODEL)
+    assert set(found["weights"].values()) == {sum(4 * p.numel() for p in model.parameters())}
+    assert run("bench", DEMO_MODEL, *given) == 0
+    assert "of the limit" in capsys.readouterr().out
+
+
+def test_bench_refuses_more_tokens_than_positions(capsys):
+    assert run("bench", DEMO_MODEL, "--prompt", "100000") == 2
+    assert "give a shorter --prompt" in capsys.readouterr().err
 
 
 def test_inspect_json_lists_what_is_stored(capsys):

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from voroq import native
 from voroq.numerics.bits import merge_streams, split_streams
 from voroq.numerics.pyramid import count, index_of, project, vector_of
 from voroq.shapes import Codes, Vectors
@@ -76,17 +77,24 @@ class Pulses:
         sums = [v.new_zeros(levels + 1).double().index_add_(0, level, t.double())[:levels] for t in ((v * y).sum(1), y.square().sum(1))]
         return torch.where(sums[1] > 0, (sums[0] / sums[1].clamp_min(1)).to(self.scales), self.scales)
 
+    def _native(self, v: Vectors) -> bool:
+        known = self.dim in native.PYRAMID_DIMS and max(self.pulses) <= native.MOST_PULSES and len(self.pulses) <= native.MOST_LEVELS
+        return known and v.device.type == "cpu" and v.dtype == torch.float32 and native.library() is not None
+
     def _nearest(self, v: Vectors) -> tuple[Int[Tensor, "n"], Vectors]:
         """Level and y of the nearest word. Level len(pulses) is the zero vector.
 
         Points of level j lie on the facets sum |x_i| = scale[j] * pulses[j], which are | ||v||_1 - that | / sqrt(dim) away: first the level
-        that could be nearest, then only those that could be nearer still.
+        that could be nearest, then only those that could be nearer still. Sums are taken in float64, where their order hardly ever matters,
+        so that the library finds the same.
         """
         levels, scales = len(self.pulses), self.scales.to(v)
+        if self._native(v):
+            return native.project(v, self.pulses, scales)
         pulses = torch.tensor(self.pulses, device=v.device)
         bound = (v.abs().sum(1, keepdim=True) - (scales * pulses).abs()).square() / self.dim  # [n levels]
-        error = torch.full((v.shape[0], levels + 1), torch.inf, dtype=v.dtype, device=v.device)
-        error[:, levels] = v.square().sum(1)
+        error = torch.full((v.shape[0], levels + 1), torch.inf, dtype=torch.float64, device=v.device)
+        error[:, levels] = v.square().sum(1, dtype=torch.float64)
         found = torch.zeros(v.shape[0], levels + 1, dtype=torch.long, device=v.device)
         words = [torch.zeros(1, self.dim, dtype=v.dtype, device=v.device)]
         first = torch.zeros_like(bound, dtype=torch.bool).scatter_(1, bound.argmin(1, keepdim=True), True)
@@ -94,7 +102,7 @@ class Pulses:
             row, level = chosen().nonzero(as_tuple=True)
             scale, here = scales[level], v[row]
             y = project(here / scale[:, None], pulses[level])
-            error[row, level] = (here - y * scale[:, None]).square().sum(1)
+            error[row, level] = (here - y * scale[:, None]).square().sum(1, dtype=torch.float64)
             found[row, level] = torch.arange(row.shape[0], device=v.device) + sum(map(len, words))
             words.append(y)
         best = error.argmin(1)

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
+from voroq import native
 from voroq.codebook.gain_shape import GainShape, gain_shape
 from voroq.codebook.presets import dims, distortion, preset, widths
-from voroq.codebook.pyramid import Pyramids, move_pulses
+from voroq.codebook.pyramid import Pulses, Pyramids, move_pulses
 from voroq.numerics.gains import best_gains
 from voroq.numerics.pyramid import count, nearest_direction, vector_of
 
@@ -153,3 +154,31 @@ def test_what_cannot_be_numbered_is_refused():
         GainShape(16, 64, torch.ones(2))
     with pytest.raises(ValueError, match="at least one pulse"):
         Pyramids(8, (3, 4), torch.ones(1)).decode(torch.zeros(1, 1, dtype=torch.long))
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"{native.problem()}")
+@pytest.mark.parametrize("isa", range(len(native.isas())), ids=native.isas())
+@pytest.mark.parametrize(("dim", "width"), [(8, 8), (8, 16), (8, 31), (8, 48), (16, 16), (16, 32), (16, 49), (16, 64)])
+def test_the_library_finds_the_words_that_torch_finds(dim: int, width: int, isa: int, monkeypatch):
+    book = preset(dim, width).spelled if width <= 46 or dim == 16 else Pulses(dim, (99, 127, 40), torch.tensor([0.05, 0.03, -0.2]))
+    assert max(book.pulses) <= native.MOST_PULSES
+    v = torch.randn(4096, dim, generator=rng(width))
+    v[::7] *= torch.rand(586, 1, generator=rng()) * 20  # lone giants, and what is next to nothing
+    v[::11, 1:] = 0
+    v[::13] = v[::13].mul(4).round() / 4  # ties
+    v[-1] = 0
+    level, y = native.project(v, book.pulses, book.scales, isa)
+    monkeypatch.setattr(native, "library", lambda: None)
+    expected_level, expected_y = book._nearest(v)
+    assert torch.equal(level, expected_level)
+    assert torch.equal(y, expected_y)
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"{native.problem()}")
+def test_the_library_is_asked_for_vectors_it_knows(monkeypatch):
+    asked = []
+    nothing = torch.zeros(1, dtype=torch.long)
+    monkeypatch.setattr(native, "project", lambda v, pulses, scales: asked.append(v) or (nothing, torch.zeros_like(v)))
+    for dim, dtype in ((16, torch.float32), (16, torch.float64), (4, torch.float32)):
+        Pulses(dim, (3,), torch.ones(1)).encode(torch.ones(1, dim, dtype=dtype))
+    assert [v.shape for v in asked] == [(1, 16)]

@@ -1,11 +1,11 @@
 """y = x @ w.T on the CPU without building w: codes are unpacked, looked up and multiplied in one pass (csrc/cpu).
 
 Reads the packed tensors as they are stored; nothing is prepared or kept. Up to `FUSED` rows of x it is one pass for every eight; with
-more, panels of w that fit into the cache are decoded and multiplied by torch. Tables, and grids of up to 8 bits, along one side of the
-matrix; all sums in float32. The result does not depend on the number of threads.
+more, panels of w that fit into the cache are decoded and multiplied by torch. Tables, grids of up to 8 bits, and pyramids of 8 or 16
+dimensions, along one side of the matrix; all sums in float32. The result does not depend on the number of threads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm, prod
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from voroq import native
 from voroq.native import REALS, Band, Product
-from voroq.packed.base import Packed, Spec
-from voroq.packed.codebooks import GridForm, ResidualForm, TableForm
+from voroq.packed.base import Packed, Spec, from_int16
+from voroq.packed.codebooks import Form, GainShapeForm, GridForm, PyramidsForm, ResidualForm, TableForm
 from voroq.packed.native_format import NativeSpec, Run, suffix
 from voroq.packed.vptq_format import VptqSpec
 
@@ -43,6 +43,8 @@ class Plan:
     """perm, bytes of one of its entries, scale, shift"""
     rows: tuple[int | None, int | None]
     real: int
+    pyramids: tuple[native.Pyramid, ...]
+    """What the bands point to, kept while the plan is."""
 
 
 def supports(spec: Spec, x: Float[Tensor, "*batch in"]) -> bool:
@@ -75,13 +77,31 @@ def _multiply(x: Float[Tensor, "n in"], packed: Packed) -> Float[Tensor, "n out"
         call.multiply(x, y)
         return y
     wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # no machine of this kind multiplies float16 fast
+    inner, add = _stored_inputs(x, packed)
     rows = max(1, PANEL // columns // call.plan.unit) * call.plan.unit
-    panel, x = torch.empty(min(rows, out), columns, dtype=wide), x.to(wide)
+    panel, inner = torch.empty(min(rows, out), columns, dtype=wide), inner.to(wide)
     for first in range(0, out, rows):
         part = panel[: min(rows, out - first)]
-        call.decode(first, part)
-        y[:, first : first + part.shape[0]] = x @ part.T
-    return y
+        call.decode(first, part, stored=True)
+        y[:, first : first + part.shape[0]] = inner @ part.T
+    return add(y)
+
+
+def _stored_inputs(x: Float[Tensor, "n in"], packed: Packed) -> tuple[Float[Tensor, "n in"], Callable[[Tensor], Tensor]]:
+    """x as columns in stored order want it, so that no weight has to be moved or scaled; and what is done to the product with them."""
+    tensors, vptq = packed.tensors, isinstance(packed.spec, VptqSpec)
+    perm = tensors.get("perm" if vptq else "weight_perm")
+    scale, shift = (tensors.get(name) for name in ("weight_scale", "weight_bias")) if vptq else (None, None)
+    inner, by_row = x.float(), scale is not None and packed.spec.norm_dim == 1
+    if scale is not None and not by_row:
+        inner = inner * scale.float()
+    if perm is not None:
+        inner = inner[:, from_int16(perm)]
+    if scale is None:
+        return inner, lambda y: y
+    if by_row:
+        return inner, lambda y: (y.float() * scale.float() + x.float().sum(1, keepdim=True) * shift.float()).to(x.dtype)
+    return inner, lambda y: (y.float() + (x.float() @ shift.float())[:, None]).to(x.dtype)
 
 
 class _Call:
@@ -98,8 +118,12 @@ class _Call:
     def multiply(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
         native.call("voroq_product", self._product(x, y))
 
-    def decode(self, first: int, into: Float[Tensor, "rows in"]) -> None:
-        native.call("voroq_decode", self._product(), first, first + into.shape[0], into.data_ptr(), REALS[into.dtype])
+    def decode(self, first: int, into: Float[Tensor, "rows in"], *, stored: bool = False) -> None:
+        """Rows from `first` on; `stored`: columns as they are stored, neither moved nor scaled."""
+        product = self._product()
+        if stored:
+            product.perm = product.scale = product.shift = product.row_scale = product.row_shift = None
+        native.call("voroq_decode", product, first, first + into.shape[0], into.data_ptr(), REALS[into.dtype])
 
     def _product(self, x: Tensor | None = None, y: Tensor | None = None) -> Product:
         plan, (out, columns) = self.plan, self.shape
@@ -137,6 +161,7 @@ def _plan(spec: Spec, facts: tuple[tuple[str, int, torch.dtype], ...]) -> Plan:
         (at.get(perm), perm_bytes, *((None, None) if by_row else scales)),
         scales if by_row else (None, None),
         REALS[real],
+        tuple(found for run in getattr(spec, "runs", ()) if (found := _pyramid(run.form))),
     )
 
 
@@ -147,7 +172,7 @@ def _vptq_bands(spec: VptqSpec, at: Pointers, dtypes: dict[str, torch.dtype], re
         size, bits = o.columns, o.k.bit_length() - 1
         pitch = -(-o.columns * wide // 32)
         yield Band(
-            *(at["outlier_indices"], pitch, 0, o.columns, 0, at["outlier_centroids.weight"], None, None, None),
+            *(at["outlier_indices"], pitch, 0, o.columns, 0, at["outlier_centroids.weight"], None, None, None, None),
             *(o.vector, 1, wide, bits, 0, native.TABLE, REALS[real]),
         )
     shapes = {stored.name: stored.shape for stored in spec.layout()}
@@ -157,7 +182,7 @@ def _vptq_bands(spec: VptqSpec, at: Pointers, dtypes: dict[str, torch.dtype], re
         main, second = (at[n] + t * shapes[n][1] * real.itemsize if n in at else None for n in ("centroids.weight", "res_centroids.weight"))
         yield Band(
             *(at["indices"] + t * down * words * 4, words, 0, spec.group_size, size + t * spec.group_size),
-            *(main, second, None, None),
+            *(main, second, None, None, None),
             *(spec.vector, 1, sum(spec.widths), bits, residual_bits, native.TABLE, REALS[real]),
         )
 
@@ -174,7 +199,7 @@ def _run_bands(run: Run, out: int, start: int, at: Pointers, real: torch.dtype) 
     shapes = {stored.name: stored.shape for stored in run.layout(out, "")}
     pitch = shapes["weight_codes"][1]
     along = run.columns // run.tile.cols
-    widths = (*run.form.widths, 0)[:2]
+    widths, shared = (*run.form.widths, 0)[:2], _pyramid(run.form)
     sizes = {name: prod(shape[1:]) * (4 if name == "weight_zeros" else real.itemsize) for name, shape in shapes.items()}
     for i in range(run.count):
         own = {name: at[name] + i * sizes[name] for name in shapes if name != "weight_codes"}
@@ -182,10 +207,23 @@ def _run_bands(run: Run, out: int, start: int, at: Pointers, real: torch.dtype) 
         second = table + (1 << widths[0]) * run.tile.size * real.itemsize if isinstance(run.form, ResidualForm) else None
         yield Band(
             *(at["weight_codes"], pitch, i * along, along, start + i * run.columns),
-            *(table, second, own.get("weight_scales"), own.get("weight_zeros")),
+            *(table, second, own.get("weight_scales"), own.get("weight_zeros"), shared.handle if shared else None),
             *(run.tile.rows, run.tile.cols, run.width, widths[0], widths[1] if second else 0),
-            *(native.GRID if isinstance(run.form, GridForm) else native.TABLE, REALS[real]),
+            *(KINDS.get(type(run.form), native.TABLE), REALS[real]),
         )
+
+
+KINDS = {GridForm: native.GRID, PyramidsForm: native.PYRAMID, GainShapeForm: native.PYRAMID}
+"""What is not a table."""
+
+
+def _pyramid(form: Form) -> native.Pyramid | None:
+    """The library's pyramids of a form; None where it has none, or the form is another."""
+    if isinstance(form, PyramidsForm):
+        return native.pyramid(form.dim, form.pulses, form.bits)
+    if isinstance(form, GainShapeForm):
+        return native.pyramid(form.dim, (form.pulses,), sum(form.widths[:-1]), form.gains)
+    return None
 
 
 @lru_cache(maxsize=1024)
@@ -200,5 +238,7 @@ def _known(spec: Spec) -> bool:
 def _known_run(run: Run) -> bool:
     if isinstance(run.form, GridForm):
         return run.tile.size == 1
+    if isinstance(run.form, PyramidsForm | GainShapeForm):
+        return 1 in (run.tile.rows, run.tile.cols) and _pyramid(run.form) is not None
     tables = isinstance(run.form, TableForm) or (isinstance(run.form, ResidualForm) and len(run.form.sizes) == 2)
     return tables and 1 in (run.tile.rows, run.tile.cols) and run.tile.size <= LONGEST and run.width <= 32

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from voroq import native
+from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
+from voroq.codebook.pyramid import Pyramids
 from voroq.errors import VoroqError
 from voroq.kernels import KERNELS, cpu, described, key_of, matmul, pick, reference
 from voroq.layer import QuantLinear
+from voroq.numerics.pyramid import count
 from voroq.packed.conftest import random_band, random_gptq, random_pyramids, random_table, random_transform, random_vptq
 from voroq.packed.format import pack, unpack
 from voroq.packed.legacy import OldSpec
-from voroq.quantized import Quantized, Tile
+from voroq.quantized import Band, Quantized, Tile
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"{native.problem()}")
 TABLES = [(1, (16,)), (2, (4,)), (3, (16,)), (4, (256,)), (4, (8192, 64)), (6, (4096,)), (8, (256, 256)), (8, (8192,)), (12, (64, 32))]
@@ -88,6 +91,58 @@ def test_grids(isa, bits, steps, zero):
     assert_agrees(q, "voroq", torch.float32, torch.float32)
 
 
+PYRAMIDS = [(8, (1,), 0), (8, (6, 3, 8), 2), (8, (99, 127), 9), (16, (3, 12, 8), 0), (16, (22, 26), 1), (16, (52,), 64)]
+"""Dimension, pulses, more bits than the points need: left-over numbers are zero vectors. The last one has numbers of 64 bits."""
+
+
+def pyramid_linear(dim: int, book, *, along: bool, steps: tuple[str, ...] = ()) -> Quantized:
+    rng = torch.Generator().manual_seed(dim)
+    tile, out, columns = (Tile(1, dim) if along else Tile(dim, 1)), 3 * dim + 5, 160 * dim
+    edges = [0, 7 * dim, columns]
+    bands = [random_band(a, b, tile, book, out, rng, scale=a == 0) for a, b in pairwise(edges)]
+    return Quantized((out, columns), random_transform(columns, steps, rng, out), tuple(b for b, _ in bands), tuple(c for _, c in bands))
+
+
+@needs_library
+@pytest.mark.parametrize("steps", [("permute",), ("rotate_in",), ("rotate_both",)], ids="-".join)
+@pytest.mark.parametrize("along", [False, True])
+@pytest.mark.parametrize(("dim", "pulses", "spare"), PYRAMIDS, ids=str)
+def test_pyramids(isa, dim, pulses, spare, along, steps):
+    book = random_pyramids(dim, pulses, spare, torch.Generator().manual_seed(spare))
+    assert_agrees(pyramid_linear(dim, book, along=along, steps=steps), "voroq", torch.float32, torch.float32)
+
+
+def gain_shape_linear(dim: int, pulses: int, gains: int, *, along: bool) -> Quantized:
+    """Codes below the number of points only: what others stand for is not defined."""
+    q = pyramid_linear(dim, GainShape(dim, pulses, torch.rand(gains) + 0.5), along=along)
+    rng = torch.Generator().manual_seed(pulses)
+    numbers = [torch.randint(0, count(dim, pulses), (*codes.shape[:2], 1), generator=rng) for codes in q.codes]
+    return replace(q, codes=tuple(torch.cat([n, codes[..., 1:]], -1) for n, codes in zip(numbers, q.codes, strict=True)))
+
+
+@needs_library
+@pytest.mark.parametrize("along", [False, True])
+@pytest.mark.parametrize(("dim", "pulses", "gains"), [(8, 5, 2), (8, 20, 16), (16, 6, 8)])
+def test_gains_and_shapes(isa, dim, pulses, gains, along):
+    q = gain_shape_linear(dim, pulses, gains, along=along)
+    assert_agrees(q, "voroq", torch.float32, torch.float32)
+    packed = pack(q, torch.float16, "voroq")
+    assert torch.equal(cpu.weight(packed, torch.float32), reference.weight(packed, torch.float32))
+
+
+@needs_library
+def test_every_vector_of_small_pyramids_is_spelled_out_like_the_reference(isa):
+    for dim, pulses in ((8, (2, 3)), (16, (3, 1, 2))):
+        book = Pyramids(dim, pulses, torch.rand(len(pulses)) + 0.5)
+        codes = torch.arange(1 << book.bits)[None, :, None]
+        band = Band(0, codes.shape[1], Tile(dim, 1), book)
+        q = Quantized((dim, codes.shape[1]), random_transform(1, (), torch.Generator()), (band,), (codes,))
+        packed = pack(q, torch.float32, "voroq")
+        w = cpu.weight(packed, torch.float32)
+        assert torch.equal(w, reference.weight(packed, torch.float32))
+        assert w.unique(dim=1).shape[1] == 1 + sum(count(dim, k) for k in pulses)
+
+
 @needs_library
 def test_more_bands_than_are_held_at_once(isa):
     assert_agrees(random_gptq(19, 8 * 70 + 3, 1), "voroq", torch.float16, torch.float32)
@@ -99,6 +154,10 @@ def test_more_bands_than_are_held_at_once(isa):
 def test_decoded_weights_are_those_of_the_reference_bit_for_bit(isa, steps, dtype):
     for v, sizes in TABLES:
         packed = pack(random_vptq(43, 106, 2, v=v, sizes=sizes, outliers=(5, 4, 16), steps=steps), torch.float16, "vptq")
+        assert torch.equal(cpu.weight(packed, dtype), reference.weight(packed, dtype)), packed.spec
+    for dim, pulses, spare in PYRAMIDS:
+        book = random_pyramids(dim, pulses, spare, torch.Generator().manual_seed(1))
+        packed = pack(pyramid_linear(dim, book, along=spare == 0), torch.float16, "voroq")
         assert torch.equal(cpu.weight(packed, dtype), reference.weight(packed, dtype)), packed.spec
     packed = pack(random_gptq(43, 105, 2, bits=3), torch.bfloat16, "voroq")
     assert torch.equal(cpu.weight(packed, dtype), reference.weight(packed, dtype))
@@ -150,9 +209,10 @@ def test_a_permutation_that_leads_out_of_the_matrix_is_not_followed():
 @needs_library
 def test_what_the_library_lacks_is_left_to_the_reference():
     rng = torch.Generator().manual_seed(0)
-    band, codes = random_band(0, 8, Tile(16, 1), random_pyramids(16, (3, 4), 0, rng), 32, rng, scale=True)
+    books = [random_pyramids(dim, pulses, 0, rng) for dim, pulses in ((24, (3, 4)), (8, (9, 128)))]
+    pyramids = [random_band(0, 8, Tile(book.dim, 1), book, 48, rng) for book in books]
     for q in (
-        Quantized((32, 8), random_transform(8, (), rng), (band,), (codes,)),
+        *(Quantized((48, 8), random_transform(8, (), rng), (band,), (codes,)) for band, codes in pyramids),
         random_vptq(43, 106, 2, v=24, sizes=(16,)),
     ):
         packed = pack(q, torch.float16, "voroq")

@@ -50,10 +50,10 @@ def project(x: Vectors, pulses: Int[Tensor, "n"]) -> Vectors:
     size = x.abs()
     largest = size.amax(1, keepdim=True)
     size = (size - largest + largest.minimum(pulses[:, None] + 1)).clamp_min(0)
-    t = ((pulses - size.sum(1)) / x.shape[1])[:, None]
+    t = ((pulses - size.sum(1, dtype=torch.float64)) / x.shape[1]).to(x)[:, None]
     for _ in range(2):  # towards the t at which nothing is missing: spread it over the entries that stay above 0
         above = size + t > 0
-        t = (pulses[:, None] - (size * above).sum(1, keepdim=True)) / above.sum(1, keepdim=True).clamp_min(1)
+        t = ((pulses - (size * above).sum(1, dtype=torch.float64)) / above.sum(1).clamp_min(1)).to(x)[:, None]
     y = (size + t).round_().clamp_min_(0)
     missing = pulses - y.sum(1)
     rows = missing.nonzero()[:, 0]

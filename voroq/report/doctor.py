@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from voroq import native
+from voroq.codebook.presets import preset
 from voroq.kernels import KERNELS, reference
 from voroq.packed.base import Packed, Spec
-from voroq.packed.codebooks import GridForm, TableForm
+from voroq.packed.codebooks import GridForm, PyramidsForm, TableForm
 from voroq.packed.native_format import NativeSpec, Run
 from voroq.packed.random import random_packed
 from voroq.packed.vptq_format import Outliers, VptqSpec
@@ -25,11 +26,14 @@ TOLERANCE = 1e-5
 """Largest difference to the reference in float32, relative to the largest output."""
 BATCHES = (1, 5, 40)
 
+_UNION = PyramidsForm.of(preset(16, 48))
 SPECS: dict[str, Spec] = {
     "vptq v8 k256+256, groups": VptqSpec((136, 320), 8, 256, 256, 2, None, True, False),
     "vptq v6 k4096, outliers, perm, norm": VptqSpec((133, 304), 6, 4096, None, 1, Outliers(4, 4, 16), True, True),
     "vptq v8 k65536": VptqSpec((96, 288), 8, 1 << 16, None, 1, None, False, True),
     "grid 3 bit g64": NativeSpec((131, 320), ("permute",), (Run(5, 64, Tile(1, 1), GridForm(3), True, True),)),
+    "pyramids 16x1 3 bit, rotated": NativeSpec((144, 320), ("rotate_in",), (Run(1, 320, Tile(16, 1), _UNION, True, False),)),
+    "pyramids 1x16 3 bit": NativeSpec((131, 320), (), (Run(1, 320, Tile(1, 16), _UNION, True, False),)),
     "table 1x8 k256": NativeSpec((131, 320), (), (Run(1, 320, Tile(1, 8), TableForm(256), True, False),)),
 }
 """One linear for each way a kernel can go."""

@@ -1,0 +1,124 @@
+"""Products with packed weights on the CPU, and tokens per second, beside dense torch and what users would pick instead.
+
+    python benchmarks/decode_cpu.py --json benchmarks/results/decode-cpu.json
+
+Single matrices of real shapes with random codes, at batch 1, 4 and 16; and a Llama of the bundled shape whose linears hold random codes.
+`ms` are the least of several rounds in which all take turns; `ratio` is the time of dense bfloat16 in the same process, over that: above 1
+is faster. The peers (official VPTQ in torch, AQLM's CPU kernel, llama.cpp, GPTQModel) live in an environment of their own, which
+`make .venv-peers/installed` makes; `benchmarks/peers_cpu.py` runs there, with a dense bfloat16 row of its own to compare with. One that is
+not there is named, with the reason. Threads: as many as torch takes (OMP_NUM_THREADS).
+"""
+
+import json
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import torch
+from common import arguments, in_turns, publish
+
+from voroq import native
+from voroq.codebook.presets import preset
+from voroq.evaluation.models import open_model
+from voroq.evaluation.speed import copy_bandwidth, measure
+from voroq.kernels import matmul
+from voroq.layer import QuantLinear
+from voroq.packed.base import Spec
+from voroq.packed.codebooks import GridForm, PyramidsForm
+from voroq.packed.format import bits_per_weight
+from voroq.packed.native_format import NativeSpec, Run
+from voroq.packed.random import random_packed
+from voroq.packed.vptq_format import VptqSpec
+from voroq.pipeline.text import DEMO_MODEL
+from voroq.quantized import Tile
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+BATCHES = (1, 4, 16)
+PEERS = Path(".venv-peers/bin/python")
+
+
+def settings(out: int, columns: int) -> dict[str, Spec]:
+    def grid(bits: int) -> Spec:
+        return NativeSpec((out, columns), (), (Run(columns // 128, 128, Tile(1, 1), GridForm(bits), True, True),))
+
+    def pyramids(bits: int, tile: Tile) -> Spec:
+        return NativeSpec((out, columns), (), (Run(1, columns, tile, PyramidsForm.of(preset(16, 16 * bits)), True, False),))
+
+    return {
+        "v8 k256+256": VptqSpec((out, columns), 8, 256, 256, 1, None, False, True),
+        "v6 k4096": VptqSpec((out, columns), 6, 4096, None, 1, None, False, True),
+        "v8 k65536": VptqSpec((out, columns), 8, 1 << 16, None, 1, None, False, True),
+        "grid 3 bit g128": grid(3),
+        "grid 4 bit g128": grid(4),
+        **{f"pyramids {bits} bit 16x1": pyramids(bits, Tile(16, 1)) for bits in (2, 3, 4)},
+        "pyramids 3 bit 1x16": pyramids(3, Tile(1, 16)),
+    }
+
+
+def matrices(shapes: tuple[tuple[int, int], ...], repeats: int) -> list[dict]:
+    rows = []
+    for out, columns in shapes:
+        packed = {name: random_packed(spec, torch.bfloat16) for name, spec in settings(out, columns).items()}
+        bits = {"dense float32": 32.0, "dense bfloat16": 16.0, **{name: bits_per_weight(p) for name, p in packed.items()}}
+        dense = torch.randn(out, columns) / 64
+        dense16 = dense.bfloat16()
+        for batch in BATCHES:
+            x = torch.randn(batch, columns)
+            x16 = x.bfloat16()
+            works = {"dense float32": partial(torch.matmul, x, dense.T), "dense bfloat16": partial(torch.matmul, x16, dense16.T)}
+            works |= {name: partial(matmul, x, p) for name, p in packed.items()}
+            found = in_turns(works, repeats)
+            rows += [row(f"{out} x {columns}", batch, name, bits[name], took, found["dense bfloat16"]) for name, took in found.items()]
+    return rows
+
+
+def row(what: str, batch: int, name: str, bits: float | None, seconds: float | None, dense: float | None, note: str = "") -> dict:
+    ms, ratio = (None, None) if seconds is None else (1000 * seconds, dense / seconds)
+    return {"what": what, "batch": batch, "with": name, "bits": bits, "ms": ms, "ratio": ratio, "note": note}
+
+
+def models(repeats: int, new: int) -> list[dict]:
+    """Tokens per second of the bundled shape; ratio is against the bfloat16 model."""
+    opened = {f"dense {dtype}": open_model(DEMO_MODEL, device="cpu", dtype=dtype)[0] for dtype in ("float32", "bfloat16")}
+    for name in ("v8 k256+256", "v6 k4096", "pyramids 2 bit 16x1", "pyramids 3 bit 16x1"):
+        opened[name] = filled(open_model(DEMO_MODEL, device="cpu", dtype="float32")[0], name)
+    found = measure(opened, batches=(1, 16), prompt=64, new=new, repeats=repeats)
+    dense = {speed.batch: speed for speed in found.speeds if speed.model == "dense bfloat16"}
+    rows = []
+    for speed in found.speeds:
+        for kind in ("prefill", "decode"):
+            rate, base = getattr(speed, kind), getattr(dense[speed.batch], kind)
+            seconds = (1 / rate, 1 / base) if rate and base else (None, None)
+            note = "" if rate is None else f"{rate:.0f} tokens/s"
+            rows.append(row(f"bundled model, {kind}, ms a token", speed.batch, speed.model, None, *seconds, note))
+    return rows
+
+
+def filled(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """`model` with random codes in all linears of its blocks."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and ".layers." in path:
+            spec = settings(*module.weight.shape)[name]
+            model.set_submodule(path, QuantLinear.holding(random_packed(spec, torch.float32)))
+    return model
+
+
+def peers(shapes: tuple[tuple[int, int], ...], repeats: int) -> list[dict]:
+    if not PEERS.exists():
+        return [row("peers", 0, "all", None, None, None, f"{PEERS} is missing: make .venv-peers/installed")]
+    job = json.dumps({"shapes": shapes, "batches": BATCHES, "repeats": repeats, "model": str(DEMO_MODEL)})
+    done = subprocess.run([PEERS, Path(__file__).with_name("peers_cpu.py"), job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return [row("peers", 0, "all", None, None, None, done.stderr.strip().splitlines()[-1])]
+    return [row(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    shapes, repeats = (((512, 512),), 1) if args.quick else (SHAPES, 10)
+    rows = [*matrices(shapes, repeats), *models(1 if args.quick else 5, 4 if args.quick else 32), *peers(shapes, repeats)]
+    publish("decoding on the CPU", rows, args, kernels=native.isas(), copy_bandwidth=copy_bandwidth(torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""`voroq bench`: how fast a model reads and writes."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from voroq.cli import options
+from voroq.cli.console import emit, size
+
+
+def bench(
+    model: options.Model,
+    against: Annotated[
+        str | None, typer.Option(metavar="ORIGINAL", help="Another model, measured in turns with MODEL.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="N", help="Sequences at once; repeatable. Default: 1, 4 and 16.", show_default=False)
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt.")] = 128,
+    new: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens written after it.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds; the best of them counts.")] = 3,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure prefill and decoding in tokens per second, the weights' bytes, and the share of the memory's bandwidth in use.
+
+    The limit is what copying reaches on this device: no step of decoding is faster than reading all weights once. With --against both
+    models are measured in turns, so that whatever else runs hits both; --dtype holds for both.
+
+    [bold]Examples[/]
+
+      voroq bench out --against meta-llama/Llama-3.2-1B --dtype bfloat16
+
+      VOROQ_KERNEL=reference voroq bench out --batch 1 --json
+    """
+    from voroq.evaluation.models import open_model
+    from voroq.evaluation.speed import measure
+
+    names = [model] if against in (None, model) else [model, against]
+    opening = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    opened = {name: open_model(name, revision=revision if name == model else None, **opening)[0] for name in names}
+    found = measure(opened, batches=tuple(batch or (1, 4, 16)), prompt=prompt, new=new, repeats=repeats)
+    where = f"{found.device}, {found.threads} threads, copying {found.bandwidth / 1e9:.1f} GB/s"
+    weights = ", ".join(f"{name} {size(count)}" for name, count in found.weights.items())
+    table = Table("model")
+    for column in ("batch", "prefill tokens/s", "decode tokens/s", "of the limit"):
+        table.add_column(column, justify="right")
+    for speed in found.speeds:
+        decode = ("-", "-") if speed.decode is None else (f"{speed.decode:.1f}", f"{100 * speed.of_limit:.1f} %")
+        table.add_row(speed.model, str(speed.batch), f"{speed.prefill:.1f}", *decode)
+    emit(asdict(found), as_json, Text(f"{where}; weights: {weights}"), table)

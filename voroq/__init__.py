@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "voroq.integrations.load",
-    "VoroqConfig": "voroq.integrations.transformers",
+    "VoroqConfig": "voroq.streaming",
     "lora": "voroq.integrations.peft",
     "quantize_model": "voroq.front",
     "rotate_model": "voroq.pipeline.rotate",

@@ -21,6 +21,7 @@ _HOME = {
     "load": "voroq.integrations.load",
     "VoroqConfig": "voroq.streaming",
     "lora": "voroq.integrations.peft",
+    "PyramidCache": "voroq.integrations.cache",
     "quantize_model": "voroq.front",
     "rotate_model": "voroq.pipeline.rotate",
     **dict.fromkeys(["VPTQ", "PVQ", "GPTQ", "RTN", "METHODS"], "voroq.methods"),

@@ -28,6 +28,8 @@ def evaluate(
         int | None, typer.Option(min=1, metavar="N", help="Windows from each text. Default: all.", show_default=False)
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Windows at once. Default: a few.", show_default=False)] = None,
+    cache_bits: options.CacheBits = None,
+    cache_recent: options.CacheRecent = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
@@ -38,11 +40,14 @@ def evaluate(
 
     Windows do not overlap, start at the text's beginning and get no special tokens; log-softmax is in float32. KL is the mean
     over all predictions of KL(original || MODEL), in nats per token; top1 is how often both prefer the same token.
+    With --cache-bits, MODEL reads the tokens of a window 16 at a time and what lies before them from the quantized cache.
     With several texts, the first line of the JSON is all of them together and "texts" has each.
 
     [bold]Examples[/]
 
       voroq eval out --against meta-llama/Llama-3.2-1B
+
+      voroq eval out --against meta-llama/Llama-3.2-1B --cache-bits 3
 
       voroq eval out --text wikitext2 --text my-text.txt --context 2048 --windows 50 --json
     """
@@ -51,7 +56,10 @@ def evaluate(
     texts = text or ["wikitext2"]
     for name in texts:  # a wrong name should not cost the loading of a model
         evaluation_text(name)
+    from voroq.evaluation.cached import Cached
     from voroq.evaluation.compare import compare
+
+    through = None if cache_bits is None else Cached(cache_bits, cache_recent)
 
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err(), transient=True, disable=not err().is_terminal
@@ -71,13 +79,14 @@ def evaluate(
             windows=windows,
             batch=batch,
             opening={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision},
+            through=through,
             tick=tick,
         )
     from voroq.pipeline.source import open_source
     from voroq.report.inspect import inspect_folder
 
     bits = inspect_folder(open_source(model, revision=revision).folder).bits_per_weight
-    found = {**asdict(comparison), "bits_per_weight": bits}
+    found = {**asdict(comparison), "bits_per_weight": bits, "cache_bits": cache_bits}
     title = f"{model}: {bits:.3f} bits per weight, context {comparison.context}"
     emit(found, as_json, Text(title), view(found))
 

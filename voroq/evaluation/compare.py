@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from voroq.errors import VoroqError
 from voroq.evaluation.models import context_of, max_positions, open_model
 from voroq.evaluation.perplexity import evaluate, pooled
@@ -48,12 +50,13 @@ def compare(
     windows: int | None = None,
     batch: int | None = None,
     opening: dict[str, Any] | None = None,
+    through: Callable[[nn.Module, Tensor], Tensor] | None = None,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Open the models (`opening`: device, dtype, revision, trust_remote_code of `open_model`) and evaluate on every text.
 
-    `tick(text, windows, total)` is called as windows are finished. Raises VoroqError as the parts do, and for a context beyond
-    the model's positions.
+    `through` is the way through the model, not the original (see `evaluate`). `tick(text, windows, total)` is called as windows are
+    finished. Raises VoroqError as the parts do, and for a context beyond the model's positions.
     """
     opening = opening or {}
     subject, tokenizer = open_model(model, **opening)
@@ -68,7 +71,7 @@ def compare(
     for name, tokens in chosen.items():
         total = tokens.shape[0]
         report = None if tick is None else lambda count, name=name, total=total: tick(name, count, total)
-        found.append(evaluate(subject, tokens, against=original, batch=batch, tick=report))
+        found.append(evaluate(subject, tokens, against=original, batch=batch, through=through, tick=report))
     every = pooled(found)
     return Comparison(
         model=str(model),

@@ -9,9 +9,14 @@ from voroq.codebook.presets import distortion
 from voroq.codebook.rows import RowCode
 from voroq.errors import VoroqError
 from voroq.integrations.cache import PyramidCache, PyramidLayer
+from voroq.integrations.compat import cache_argument
 from voroq.integrations.conftest import SIZES, tiny
 
 TOKENS = torch.arange(3, 43)[None]
+
+
+def given(model, cache) -> dict:
+    return cache_argument(model.prepare_inputs_for_generation, cache)
 
 
 def states(tokens: int, *, batch: int = 2, heads: int = 3, size: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,25 +90,26 @@ def test_generate_runs_and_a_wide_window_changes_nothing(kind: str):
     model = tiny(kind)
     plain = model.generate(TOKENS, max_new_tokens=12, do_sample=False)
     cache = voroq.PyramidCache(model.config, bits=4.0, recent=100)
-    assert torch.equal(model.generate(TOKENS, max_new_tokens=12, do_sample=False, past_key_values=cache), plain)
+    assert torch.equal(model.generate(TOKENS, max_new_tokens=12, do_sample=False, **given(model, cache)), plain)
     small = PyramidCache(model.config, bits=4.0, recent=4)
-    out = model.generate(TOKENS, max_new_tokens=12, do_sample=False, past_key_values=small)
+    out = model.generate(TOKENS, max_new_tokens=12, do_sample=False, **given(model, small))
     assert out.shape[0] == 1 and TOKENS.shape[1] < out.shape[1] <= 52 and small.get_seq_length() == out.shape[1] - 1
     exact = DynamicCache(config=model.config)
-    model.generate(TOKENS, max_new_tokens=12, do_sample=False, past_key_values=exact)
+    model.generate(TOKENS, max_new_tokens=12, do_sample=False, **given(model, exact))
     assert small.nbytes() < 0.4 * sum(t.numel() * t.element_size() for layer in exact.layers for t in (layer.keys, layer.values))
     beams = PyramidCache(model.config, bits=4.0, recent=4)
-    assert model.generate(TOKENS, max_new_tokens=6, num_beams=3, do_sample=False, past_key_values=beams).shape[0] == 1
+    assert model.generate(TOKENS, max_new_tokens=6, num_beams=3, do_sample=False, **given(model, beams)).shape[0] == 1
 
 
+@torch.no_grad()
 def test_logits_come_nearer_with_the_bits():
     model, past, now = tiny("llama"), TOKENS[:, :36], TOKENS[:, 36:]
     exact = model(TOKENS).logits[:, 36:]
     found = []
     for bits in (2.0, 3.0, 4.0, 6.0):
         cache = PyramidCache(model.config, bits=bits, recent=0)
-        model(past, past_key_values=cache)
-        found.append(float((model(now, past_key_values=cache).logits - exact).square().mean()))
+        model(past, **given(model, cache))
+        found.append(float((model(now, **given(model, cache)).logits - exact).square().mean()))
     assert found == sorted(found, reverse=True) and 0 < found[-1] < found[0] / 20
 
 
@@ -113,7 +119,7 @@ def test_sliding_layers_stay_and_the_others_are_coded():
     model = Gemma2ForCausalLM(Gemma2Config(**sizes)).eval()
     cache = PyramidCache(model.config, recent=0)
     assert [isinstance(layer, PyramidLayer) for layer in cache.layers] == [False, True]
-    assert model.generate(TOKENS, max_new_tokens=4, do_sample=False, past_key_values=cache).shape[1] <= 44 and cache.nbytes() > 0
+    assert model.generate(TOKENS, max_new_tokens=4, do_sample=False, **given(model, cache)).shape[1] <= 44 and cache.nbytes() > 0
 
 
 def test_what_makes_no_sense_is_refused():

@@ -45,6 +45,20 @@ CalibrationSource = Annotated[
     ),
 ]
 
+ModeOption = Annotated[
+    Mode, typer.Option(help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential).")
+]
+EffortOption = Annotated[
+    EffortName,
+    typer.Option(
+        help="fast: the method alone. balanced: then the whole model is tuned towards the original's logits (both in memory). "
+        "best: a longer search and a longer tuning."
+    ),
+]
+TuneBlocks = Annotated[
+    int, typer.Option(min=0, metavar="STEPS", help="Steps to tune every block for, towards the original block's output; 0: none.")
+]
+
 
 def parse_options(pairs: list[str]) -> dict[str, str]:
     """["key=value"] as a dict. Raises VoroqError for a pair without "=" and for a key given twice."""
@@ -71,19 +85,11 @@ def quantize(
     context: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens in a window. Default: the model's, at most 2048.", show_default=False)
     ] = None,
-    mode: Annotated[
-        Mode, typer.Option(help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential).")
-    ] = Mode.parallel,
-    effort: Annotated[
-        EffortName,
-        typer.Option(
-            help="fast: the method alone. balanced: then the whole model is tuned towards the original's logits (both in memory). "
-            "best: a longer search and a longer tuning."
-        ),
-    ] = EffortName.fast,
-    tune_blocks: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="Steps to tune every block for, towards the original block's output; 0: none.")
-    ] = 0,
+    mode: ModeOption = Mode.parallel,
+    effort: EffortOption = EffortName.fast,
+    tune_blocks: TuneBlocks = 0,
+    activation_bits: options.ActivationBits = None,
+    activation_kind: options.ActivationKind = "integers",
     device: options.Device = "auto",
     seed: options.Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUT, settings unchanged.")] = False,
@@ -107,11 +113,14 @@ def quantize(
 
       voroq quantize ./my-model out --method gptq --option bits=3 --option group_size=64
 
+      voroq quantize ./my-model out --method pvq --bits 3 --activation-bits 8
+
       voroq quantize ./my-model out --calibration my-text.jsonl --samples 256 --context 2048
 
       voroq methods   (lists every method and its options)
     """
     pairs = parse_options(option or [])
+    from voroq.activations import Activations
     from voroq.front import quantize_model
     from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
@@ -120,6 +129,7 @@ def quantize(
     chosen = EFFORTS[effort.value]
     plan = make_plan(method, bits, chosen.completed(method, pairs))
 
+    inputs = {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
     with terminal_progress(err()) as progress:
         report = quantize_model(
             model,
@@ -137,6 +147,7 @@ def quantize(
             revision=revision,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            **inputs,
         )
     emit(report, as_json, summary(report, out))
 

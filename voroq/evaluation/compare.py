@@ -50,16 +50,20 @@ def compare(
     windows: int | None = None,
     batch: int | None = None,
     opening: dict[str, Any] | None = None,
+    change: Callable[[nn.Module], None] | None = None,
     through: Callable[[nn.Module, Tensor], Tensor] | None = None,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Open the models (`opening`: device, dtype, revision, trust_remote_code of `open_model`) and evaluate on every text.
 
-    `through` is the way through the model, not the original (see `evaluate`). `tick(text, windows, total)` is called as windows are
-    finished. Raises VoroqError as the parts do, and for a context beyond the model's positions.
+    `change` may alter the model once it is loaded, `through` is the way through it (not the original; see `evaluate`).
+    `tick(text, windows, total)` is called as windows are finished. Raises VoroqError as the parts do, and for a context beyond
+    the model's positions.
     """
     opening = opening or {}
     subject, tokenizer = open_model(model, **opening)
+    if change is not None:
+        change(subject)
     length = context or context_of(subject)
     limit = max_positions(subject)
     if limit is not None and length > limit:

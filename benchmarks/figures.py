@@ -61,7 +61,8 @@ def quality() -> None:
         points = sorted(set(points))
         style = "s--" if "reference" in label else "o-"
         axes.plot([bits for bits, _ in points], [gap for _, gap in points], style, label=label, markersize=4)
-    axes.set(yscale="log", xlabel="bits per weight, everything stored", ylabel="mean ln(perplexity / full precision's)", title="Bundled model")
+    axes.set(yscale="log", xlabel="bits per weight, everything stored", ylabel="mean ln(perplexity / full precision's)")
+    axes.set_title("Bundled model")
     axes.legend(fontsize=8)
     save(figure, "pvq-quality")
 

@@ -9,6 +9,7 @@ cache has its `recent` newest tokens exact and reads a window 16 tokens at a tim
 """
 
 import math
+import tempfile
 from functools import partial
 from typing import Any
 
@@ -23,11 +24,10 @@ from voroq.evaluation.cached import Cached
 from voroq.evaluation.perplexity import Evaluation, evaluate, pooled
 from voroq.evaluation.texts import evaluation_windows
 from voroq.front import round_inputs
-from voroq.integrations.transformers import quant_linears
 from voroq.methods import PVQ, RTN
-from voroq.packed.format import bits_per_weight
 from voroq.pipeline.calibration import calibration_windows
 from voroq.pipeline.text import DEMO_MODEL
+from voroq.report.inspect import inspect_folder
 from voroq.streaming import VoroqConfig
 
 TEXTS = ("wikitext2", "books", "c4")
@@ -42,12 +42,12 @@ CACHES = {
 
 
 def streamed(**order: Any) -> tuple[nn.Module, float]:
-    """The model quantized while loading, in float32, and its bits per weight as stored in float16."""
+    """The model quantized while loading in float16, saved, and loaded again in float32; its bits per weight as stored."""
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=VoroqConfig(**order), dtype=torch.float16)
-    layers = list(quant_linears(model).values())
-    weights = [layer.in_features * layer.out_features for layer in layers]
-    bits = sum(bits_per_weight(layer.packed()) * n for layer, n in zip(layers, weights, strict=True)) / sum(weights)
-    return model.float(), bits
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        bits = inspect_folder(folder).bits_per_weight
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), bits
 
 
 def row(part: str, setting: str, bits: float | None, found: list[Evaluation], full: list[float] | tuple[float, ...]) -> dict[str, Any]:

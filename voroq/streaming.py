@@ -23,6 +23,7 @@ from voroq.packed.base import Packed
 from voroq.packed.format import pack
 from voroq.pipeline.blocks import block_sites, find_blocks
 from voroq.pipeline.plan import Budget, Plan, make_plan
+from voroq.pipeline.preflight import resolve
 from voroq.pipeline.work import generator
 from voroq.shapes import Matrix
 
@@ -50,7 +51,7 @@ class VoroqConfig(transformers.VoroqConfig):
         elif bits is not None or options:
             raise VoroqError(f"bits and options go with the name of a method, not with {method!r}; put them into the object")
         else:
-            self.plan = method if isinstance(method, Plan | Budget) else Plan(method)
+            self.plan = method
         self.asked = {"method": method if isinstance(method, str) else repr(method), "bits": bits, "seed": seed, **options}
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,9 +62,7 @@ class VoroqConfig(transformers.VoroqConfig):
         """What to do with every linear of `model` (on meta) that is to be quantized, by name. Raises VoroqError as the parts do."""
         name, dtype = find_blocks(model), model.dtype
         sites = [site for index, block in enumerate(model.get_submodule(name)) for site in block_sites(block, f"{name}.{index}")]
-        plan = self.plan
-        if isinstance(plan, Budget):
-            plan = plan.plan([(site.name, site.shape) for site in sites], float_bits=8 * dtype.itemsize)
+        plan = resolve(self.plan, sites, dtype)
         methods = {site.name: plan.method_for(site.name) for site in sites}
         return {name: partial(quantized, name, method, self.asked["seed"]) for name, method in methods.items() if method is not None}
 

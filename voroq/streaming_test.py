@@ -117,6 +117,8 @@ def test_what_cannot_be_done_is_said(tmp_path):
         voroq.VoroqConfig(method="pqv", bits=3)
     with pytest.raises(VoroqError, match="bits and options go with the name of a method"):
         voroq.VoroqConfig(method=PVQ(), bits=3)
+    with pytest.raises(VoroqError, match="leaves every linear of the model as it is"):
+        stream(tmp_path, voroq.VoroqConfig(method=Plan(None)))
     with pytest.raises(VoroqError, match="cannot be reached by pvq"):
         stream(tmp_path, voroq.VoroqConfig(method="pvq", bits=0.5))
     with pytest.raises(VoroqError, match="disk"):

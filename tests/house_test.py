@@ -8,9 +8,10 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parent.parent / "voroq"
 FLOOR = {
-    **{"shapes": 0, "errors": 0, "native": 0, "numerics": 1, "moments": 2, "codebook": 2, "transform": 2, "quantized": 3, "experts": 3},
-    **{"rounding": 4, "tuning": 4, "packed": 4, "methods": 5, "kernels": 5, "layer": 6, "pipeline": 6},
-    **{"integrations": 7, "evaluation": 8, "report": 8, "front": 9, "convert": 9, "cli": 10},
+    **{"shapes": 0, "errors": 0, "native": 0, "numerics": 1, "moments": 2, "activations": 2, "codebook": 2, "transform": 2},
+    **{"quantized": 3, "experts": 3},
+    **{"products": 4, "rounding": 4, "tuning": 4, "packed": 4, "methods": 5, "kernels": 5, "layer": 6, "pipeline": 6},
+    **{"integrations": 7, "evaluation": 8, "report": 8, "front": 9, "streaming": 9, "convert": 9, "cli": 10},
 }
 LIVING, MAKING = {"packed", "kernels", "layer", "integrations"}, {"rounding", "tuning", "methods", "pipeline"}
 OWNERS = {

@@ -20,8 +20,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "voroq.integrations.load",
-    "VoroqConfig": "voroq.integrations.transformers",
+    "VoroqConfig": "voroq.streaming",
     "lora": "voroq.integrations.peft",
+    "PyramidCache": "voroq.integrations.cache",
     "quantize_model": "voroq.front",
     **dict.fromkeys(["plan_model", "read_plan"], "voroq.pipeline.planning"),
     "rotate_model": "voroq.pipeline.rotate",

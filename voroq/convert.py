@@ -84,6 +84,8 @@ def convert(
         raise VoroqError(f"{out} exists already; choose a new folder for OUT")
     sites = folder.sites()
     check_listing(sites, folder.tensors)
+    if layout == "dense" and any(spec.activations for spec in sites.values()):
+        raise VoroqError(f"{source} rounds the inputs of its linears (activations in its config), which a dense model cannot say")
     if layout != "dense":
         _check_rows(sites)
     plan = _Plan(folder, sites, absorb, DTYPES.get(dtype or ""))

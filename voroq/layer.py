@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from voroq.errors import VoroqError
 from voroq.kernels import described, key_of, linear
 from voroq.packed.base import Packed, Spec
 from voroq.packed.format import bits_per_weight, unpack
+from voroq.products import product
 
 
 class Holder(nn.Module):
@@ -68,11 +70,19 @@ class QuantLinear(nn.Module):
         return Packed(self.spec, {name: self._get(name) for name in self._names})
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        y = linear(x, [self._get(name) for name in self._names], self._key)
+        if self.activations is None:
+            y = linear(x, [self._get(name) for name in self._names], self._key)
+        else:
+            y = product(x, unpack(self.packed()), self.activations)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """The dense linear that computes the same, in `dtype` (that of the tables and scales when None)."""
+        """The dense linear that computes the same, in `dtype` (that of the tables and scales when None).
+
+        Raises VoroqError for a layer that rounds its inputs, which no dense linear does.
+        """
+        if self.activations is not None:
+            raise VoroqError("this linear rounds its inputs (activations in its config); a dense one would not, so it stays as it is")
         packed = self.packed()
         dtype = dtype or next((packed.tensors[s.name].dtype for s in self.spec.layout() if s.real), torch.float32)
         weight = unpack(packed).dequantize().to(dtype)
@@ -84,10 +94,12 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         sides = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        sides += "" if self.activations is None else f", activations={self.activations.bits} bits {self.activations.kind}"
         return f"{sides}, layout={self.spec.method}, bits_per_weight={bits_per_weight(self.packed()):.3f}"
 
     def _describe(self, spec: Spec) -> None:
         self.spec, self._key = spec, key_of(spec)
+        self.activations = spec.activations
         self._names = described(self._key)[1]
 
     def _put(self, name: str, tensor: Tensor) -> None:

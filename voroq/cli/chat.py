@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from itertools import chain, repeat
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,12 +18,23 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
+def _cache(model: Any, bits: float | None, recent: int) -> Any:
+    """An empty cache of so many bits for one text, None for transformers' own."""
+    if bits is None:
+        return None
+    from voroq.integrations.cache import PyramidCache
+
+    return PyramidCache(model.config, bits, recent=recent)
+
+
 def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The beginning of the text.", show_default=False)],
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.8,
     seed: options.Seed = 0,
+    cache_bits: options.CacheBits = None,
+    cache_recent: options.CacheRecent = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
@@ -37,6 +48,8 @@ def generate(
       voroq generate out "The old man looked at the sea and"
 
       voroq generate out "Once" --temperature 0 --max-new-tokens 200 --json
+
+      voroq generate out "Once" --cache-bits 3
     """
     from voroq.evaluation import generation
     from voroq.evaluation.models import open_model
@@ -51,6 +64,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        cache=_cache(opened, cache_bits, cache_recent),
         hear=None if as_json else lambda text: _say(next(pieces) + text),
     )
     if not as_json:
@@ -64,6 +78,8 @@ def chat(
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.7,
     seed: options.Seed = 0,
+    cache_bits: options.CacheBits = None,
+    cache_recent: options.CacheRecent = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
@@ -105,6 +121,7 @@ def chat(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=seed + turn,
+                cache=_cache(opened, cache_bits, cache_recent),
                 hear=None if as_json else _say,
             )
         except VoroqError as error:

@@ -324,6 +324,22 @@ def test_generate_is_the_same_for_the_same_seed(capsys):
     assert capsys.readouterr().out.strip() == ("The old man" + first["text"]).strip()
 
 
+def test_a_quantized_cache_is_used_where_asked_for(capsys):
+    words = ("generate", DEMO_MODEL, "The old man looked at the sea", "--max-new-tokens", "24", "--temperature", "0", "--json")
+    texts = []
+    for extra in ((), ("--cache-bits", "1", "--cache-recent", "0"), ("--cache-bits", "1", "--cache-recent", "64")):
+        assert run(*words, *extra) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[2] != texts[1]
+    found = []
+    for extra in ((), ("--cache-bits", "2", "--cache-recent", "0")):
+        assert run("eval", DEMO_MODEL, "--windows", "1", "--context", "48", "--json", *extra) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["perplexity"] != found[1]["perplexity"] and found[1]["cache_bits"] == 2.0
+    assert run(*words, "--cache-bits", "9") == 2
+    assert "9 bits are out of range" in capsys.readouterr().err
+
+
 def test_chat_answers_each_line_until_quit(capsys, monkeypatch):
     import io
 

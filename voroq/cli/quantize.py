@@ -77,6 +77,10 @@ Allocate = Annotated[
     bool, typer.Option("--allocate", help="Spend the bits where they are worth most: what voroq plan does, and then quantize.")
 ]
 
+TuneBlocks = Annotated[
+    int, typer.Option(min=0, metavar="STEPS", help="Steps to tune every block for, towards the original block's output; 0: none.")
+]
+
 
 def parse_options(pairs: list[str]) -> dict[str, str]:
     """["key=value"] as a dict. Raises VoroqError for a pair without "=" and for a key given twice."""
@@ -108,9 +112,9 @@ def quantize(
     mode: ModeKind = Mode.parallel,
     hessian: HessianKind = Hessian.auto,
     effort: EffortKind = EffortName.fast,
-    tune_blocks: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="Steps to tune every block for, towards the original block's output; 0: none.")
-    ] = 0,
+    tune_blocks: TuneBlocks = 0,
+    activation_bits: options.ActivationBits = None,
+    activation_kind: options.ActivationKind = "integers",
     device: options.Device = "auto",
     seed: options.Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUT, settings unchanged.")] = False,
@@ -134,11 +138,14 @@ def quantize(
 
       voroq quantize ./my-model out --method gptq --option bits=3 --option group_size=64
 
+      voroq quantize ./my-model out --method pvq --bits 3 --activation-bits 8
+
       voroq quantize ./my-model out --calibration my-text.jsonl --samples 256 --context 2048
 
       voroq methods   (lists every method and its options)
     """
     pairs = parse_options(option or [])
+    from voroq.activations import Activations
     from voroq.front import quantize_model
     from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
@@ -151,6 +158,7 @@ def quantize(
     wanted = read_plan(plan) if plan is not None else make_plan(method, bits, chosen.completed(method, pairs))
     shared = {"calibration": calibration, "context": context, "device": device, "seed": seed}
     shared |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    inputs = {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
     with terminal_progress(err()) as progress:
         if allocate:
             wanted = plan_model(model, wanted, progress=progress, **shared).plan
@@ -166,6 +174,7 @@ def quantize(
             tuning=chosen.tuning,
             progress=progress,
             **shared,
+            **inputs,
         )
     emit(report, as_json, summary(report, out))
 

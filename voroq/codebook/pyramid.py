@@ -112,9 +112,9 @@ class Pulses:
         scales, levels = self.scales.to(v), len(self.pulses)
         pulses = torch.tensor(self.pulses, device=v.device)
         bound = (v.abs().sum(1, keepdim=True) - (scales * pulses).abs()).abs()
-        level = bound.topk(min(3, levels), largest=False).indices  # [n tries]
-        nearest, _ = self._nearest(v)
-        level = torch.cat([nearest.clamp_max(levels - 1)[:, None], level], dim=1)
+        nearest = self._nearest(v)[0].clamp_max(levels - 1)[:, None]
+        others = bound.scatter(1, nearest, torch.inf).topk(min(3, levels - 1), largest=False).indices
+        level = torch.cat([nearest, others], dim=1)  # [n tries]
         row = torch.arange(v.shape[0], device=v.device).repeat_interleave(level.shape[1])
         level, here = level.reshape(-1), v[row]
         scale = scales[level]

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from voroq.errors import VoroqError
 from voroq.evaluation.models import context_of, max_positions, open_model
 from voroq.evaluation.perplexity import evaluate, pooled
@@ -48,15 +50,20 @@ def compare(
     windows: int | None = None,
     batch: int | None = None,
     opening: dict[str, Any] | None = None,
+    change: Callable[[nn.Module], None] | None = None,
+    through: Callable[[nn.Module, Tensor], Tensor] | None = None,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Open the models (`opening`: device, dtype, revision, trust_remote_code of `open_model`) and evaluate on every text.
 
+    `change` may alter the model once it is loaded, `through` is the way through it (not the original; see `evaluate`).
     `tick(text, windows, total)` is called as windows are finished. Raises VoroqError as the parts do, and for a context beyond
     the model's positions.
     """
     opening = opening or {}
     subject, tokenizer = open_model(model, **opening)
+    if change is not None:
+        change(subject)
     length = context or context_of(subject)
     limit = max_positions(subject)
     if limit is not None and length > limit:
@@ -68,7 +75,7 @@ def compare(
     for name, tokens in chosen.items():
         total = tokens.shape[0]
         report = None if tick is None else lambda count, name=name, total=total: tick(name, count, total)
-        found.append(evaluate(subject, tokens, against=original, batch=batch, tick=report))
+        found.append(evaluate(subject, tokens, against=original, batch=batch, through=through, tick=report))
     every = pooled(found)
     return Comparison(
         model=str(model),

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from voroq.errors import VoroqError
 from voroq.evaluation.models import max_positions
+from voroq.integrations.cache import PyramidCache
+from voroq.integrations.compat import cache_argument
 
 # None silences the sampling settings that a model's own generation config may hold
 BEST_TOKEN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -60,9 +62,11 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.8,
     seed: int = 0,
+    cache: PyramidCache | None = None,
     hear: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue `tokens`; temperature 0 takes the best token always, otherwise `seed` decides. `hear` gets the text piece by piece.
+    """Continue `tokens`; temperature 0 takes the best token always, otherwise `seed` decides. A new `cache` holds keys and values
+    (transformers' own when None). `hear` gets the text piece by piece.
 
     The global random state is left as it was. Raises VoroqError for numbers out of range and for more tokens than positions.
     """
@@ -78,6 +82,8 @@ def generate(
     end = model.generation_config.eos_token_id
     if model.generation_config.pad_token_id is None and end is not None:
         sampling["pad_token_id"] = end if isinstance(end, int) else end[0]
+    if cache is not None:
+        sampling |= cache_argument(model.prepare_inputs_for_generation, cache)
     start = time.perf_counter()
     cuda = [model.device.index or 0] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.inference_mode():

@@ -42,11 +42,13 @@ def evaluate(
     *,
     against: nn.Module | None = None,
     batch: int | None = None,
+    through: Callable[[nn.Module, Tensor], Tensor] | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Measure `model` on the windows `tokens`, every one from its own start; `against` is the original model.
 
-    `batch` windows go through the model together (None: as many as keep the logits small); `tick(n)` is called after every n
+    `batch` windows go through the model together (None: as many as keep the logits small), by `through(model, rows)` if given (see
+    `evaluation/cached.py`; the original takes the plain way); `tick(n)` is called after every n
     windows. Raises VoroqError for tokens outside the vocabulary, differing vocabularies, and logits that are not finite.
     """
     windows, context = tokens.shape
@@ -64,7 +66,7 @@ def evaluate(
             m.eval()
         with torch.inference_mode():
             for rows in tokens.split(step):
-                logits, original = _logits(model, rows), None if against is None else _logits(against, rows)
+                logits, original = (through or _logits)(model, rows), None if against is None else _logits(against, rows)
                 for i, row in enumerate(rows):
                     sums += _measure(logits[i], None if original is None else original[i], row)
                 if tick is not None:

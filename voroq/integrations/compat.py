@@ -1,6 +1,8 @@
 """Everything that differs between transformers 5.16 and the newest 5.x, found by looking, not by version numbers."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from transformers import core_model_loading
@@ -23,6 +25,11 @@ def names_in_model(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             renamed, _ = core_model_loading.rename_source_key(name, [], [], model.base_model_prefix, state)
         place[name] = renamed
     return place
+
+
+def cache_argument(function: Callable[..., Any], cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands `cache` to a model's `forward` or `prepare_inputs_for_generation`."""
+    return {"cache" if "cache" in inspect.signature(function).parameters else "past_key_values": cache}
 
 
 def came_from_checkpoint(parameter: nn.Parameter) -> bool:

@@ -6,6 +6,8 @@
        along the input (1 x 16): the search is in the metric of what later columns cannot mend
     4. refit row scales and levels to the proxy loss, then sweeps of coordinate descent, then refit again
 
+Without calibration data (no moments were seen) H is the identity: no feedback, the nearest words, then scales, levels and words in turn.
+
 The words are those of `codebook/pyramid.py`, a union of pyramids; `gains="paper"` is the paper's form, one pyramid of directions and a
 gain of its own bits. Step 4 is not in the paper.
 """
@@ -13,6 +15,8 @@ gain of its own bits. Step 4 is not in the paper.
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from voroq.codebook.gain_shape import gain_shape
 from voroq.codebook.presets import dims, preset, widths
@@ -25,7 +29,7 @@ from voroq.numerics.bits import words_for
 from voroq.numerics.linalg import damped
 from voroq.quantized import Band, Quantized, Tile
 from voroq.rounding.descent import descend
-from voroq.rounding.feedback import Rounded, feedback
+from voroq.rounding.feedback import feedback
 from voroq.shapes import Matrix, Square, Vectors
 from voroq.transform.chain import Chain
 from voroq.transform.hadamard import Hadamard
@@ -36,6 +40,10 @@ SAMPLE = 1 << 15
 """Vectors on which the levels are fitted before the first sweep."""
 FITS = 5
 """Steps of Lloyd's rule in that fit."""
+PART = 1 << 22
+"""Weights whose words are sought, or numbered, at once."""
+Coded = tuple[Band, Tensor]
+"""A band of all columns and its codes [rows cols s]."""
 
 
 @dataclass(frozen=True)
@@ -76,24 +84,35 @@ class PVQ:
         return round(self.bits * self.dim)
 
     def __call__(self, w: Matrix, moments: Moments, rng: torch.Generator) -> Quantized:
-        h, notes = damped(moments.hessian(), self.damping)
         steps = [] if self.rotation == "none" else [Hadamard.random((w.shape[0], w.shape[1]), rng, both=self.rotation == "both")]
+        if moments.count == 0:
+            return self._without_data(w, Chain(tuple(steps)))
+        h, notes = damped(moments.hessian(), self.damping)
         h = Chain(tuple(steps)).hessian(h)
         if self.along == "output":
             order = Permute(activation_order(h))  # absorbed again: any order of columns costs nothing
             steps, h = [*steps, order], order.hessian(h)
         transform = Chain(tuple(steps))
-        done = self._sweeps(transform.weight(w), h)
-        if self.gains == "levels":
-            done = _numbered(done, self.width)
-        out = Quantized((w.shape[0], w.shape[1]), transform, done.bands, done.codes, notes)
+        band, codes = _numbered(*self._sweeps(transform.weight(w), h), self.width)
+        out = Quantized((w.shape[0], w.shape[1]), transform, (band,), (codes,), notes)
         return absorb(out) if self.along == "output" else out
 
-    def _sweeps(self, w: Matrix, h: Square) -> Rounded:
-        done = _refitted(w, h, feedback(w, h, [self._fit(w)], metric=self.along == "input"))
+    def _sweeps(self, w: Matrix, h: Square) -> Coded:
+        done = feedback(w, h, [self._fit(w)], metric=self.along == "input")
+        band, codes = _refitted(w, h, done.bands[0], done.codes[0])
         if self.sweeps:
-            done = _refitted(w, h, descend(w, h, done.bands, done.codes, sweeps=self.sweeps))
-        return done
+            done = descend(w, h, (band,), (codes,), sweeps=self.sweeps)
+            band, codes = _refitted(w, h, done.bands[0], done.codes[0])
+        return band, codes
+
+    def _without_data(self, w: Matrix, transform: Chain) -> Quantized:
+        """The nearest words under H = I; no matrix of in x in, and the search goes over a part of the rows at a time."""
+        w = transform.weight(w)
+        band = self._fit(w)
+        for _ in range(max(1, self.sweeps)):
+            band, codes = _refitted(w, None, band, nearest_by_rows(w, band))
+        band, codes = _numbered(band, codes, self.width)
+        return Quantized((w.shape[0], w.shape[1]), transform, (band,), (codes,), ("no calibration data: every vector is its nearest word",))
 
     def _fit(self, w: Matrix) -> Band:
         tile = self.tile
@@ -102,9 +121,12 @@ class PVQ:
         power = vectors.reshape(down, -1).square().mean(1)
         scale = power.sqrt().clamp_min(2.0**-24)  # the least that float16 holds, for rows of zeros
         if self.gains == "paper":
-            return Band(0, w.shape[1], tile, gain_shape(self.dim, self.width, w.shape[1]), scale)
+            book = gain_shape(self.dim, self.width, w.shape[1])
+            book = book.with_tensors({"gains": book.gains.to(w)})
+            return Band(0, w.shape[1], tile, book, scale)
         vectors = (vectors / scale.repeat_interleave(along)[:, None])[:: max(1, vectors.shape[0] // SAMPLE)]
         book = preset(self.dim, self.width).spelled
+        book = book.with_tensors({"scales": book.scales.to(w)})
         for _ in range(FITS):
             book = book.with_tensors({"scales": book.fitted(vectors, book.encode(vectors))})
         return Band(0, w.shape[1], tile, book, scale)
@@ -129,17 +151,29 @@ class PVQ:
         return 32 * words + (down + levels) * float_bits
 
 
-def _refitted(w: Matrix, h: Square, done: Rounded) -> Rounded:
-    """`done` with the row scales, and then the levels, that suit its codes best; the paper's gains stay what theory says."""
-    band = done.bands[0]
+def nearest_by_rows(w: Matrix, band: Band) -> Int[Tensor, "rows cols s"]:
+    """The codes of the words of `band` nearest to `w`, found for at most `PART` weights at a time."""
+    down, _ = band.tile.grid(*w.shape)
+    step = max(1, PART // (w.shape[1] * band.tile.rows))
+    parts = []
+    for start in range(0, down, step):
+        rows = slice(start * band.tile.rows, (start + step) * band.tile.rows)
+        parts.append(replace(band, scale=band.scale[start : start + step]).encode(w[rows]))
+    return torch.cat(parts)
+
+
+def _refitted(w: Matrix, h: Square | None, band: Band, codes: Int[Tensor, "rows cols s"]) -> Coded:
+    """`band` with the row scales, and then the levels, that suit its codes best; the paper's gains stay what theory says."""
     if isinstance(band.codebook, Pulses):
-        band = refit_levels(w, h, refit_rows(w, h, band, done.codes[0]), done.codes[0])
-    return replace(done, bands=(band,))
+        band = refit_levels(w, h, refit_rows(w, h, band, codes), codes)
+    return band, codes
 
 
-def _numbered(done: Rounded, width: int) -> Rounded:
-    """`done` with every word under its number, as it is stored."""
-    (band,), (codes,) = done.bands, done.codes
+def _numbered(band: Band, codes: Int[Tensor, "rows cols s"], width: int) -> Coded:
+    """The same words under their numbers, as they are stored."""
+    if not isinstance(band.codebook, Pulses):
+        return band, codes
     book = Pyramids(band.codebook.dim, band.codebook.pulses, band.codebook.scales, width)
-    numbers = book.number(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-    return replace(done, bands=(replace(band, codebook=book),), codes=(numbers,))
+    step = max(1, PART // (codes.shape[1] * book.dim))
+    numbers = [book.number(part.flatten(0, 1)).unflatten(0, part.shape[:2]) for part in codes.split(step)]
+    return replace(band, codebook=book), torch.cat(numbers)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from voroq.activations import Activations
 from voroq.errors import FormatError
 from voroq.quantized import Quantized
 
@@ -62,6 +63,8 @@ class Spec(Protocol):
 
     method: ClassVar[str]
     shape: tuple[int, int]
+    activations: Activations | None
+    """What becomes of the linear's inputs; None leaves them as they are."""
 
     def layout(self) -> tuple[Stored, ...]:
         """Every stored tensor, the linear's own bias excepted."""

@@ -34,6 +34,7 @@ class OldSpec:
     floats: bool
 
     method: ClassVar[str] = "vptq"
+    activations: ClassVar[None] = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from voroq.activations import KINDS, Activations
 from voroq.errors import FormatError
 from voroq.numerics.bits import code_dtype, merge_streams, pack_bits, split_streams, unpack_bits, words_for
 from voroq.packed import base
@@ -96,6 +97,8 @@ class NativeSpec:
     shape: tuple[int, int]
     steps: tuple[str, ...]
     runs: tuple[Run, ...]
+    activations: Activations | None = None
+    """What becomes of the inputs, after the transform; None leaves them as they are."""
 
     method: ClassVar[str] = "voroq"
 
@@ -115,12 +118,13 @@ class NativeSpec:
 
     def to_json(self, *, bias: bool = False) -> dict[str, Any]:
         transform = [{"kind": kind} for kind in self.steps]
-        return {"shape": list(self.shape), "transform": transform, "bands": [run.to_json() for run in self.runs]}
+        entry = {"shape": list(self.shape), "transform": transform, "bands": [run.to_json() for run in self.runs]}
+        return entry if self.activations is None else {**entry, "activations": self.activations.to_json()}
 
     @staticmethod
     def from_json(data: Any, module: str, shape: tuple[int, int] | None = None) -> "NativeSpec":
         """The spec of `module`, or a FormatError naming the field at fault. `shape` (out, in), if known, must agree."""
-        fields = Fields(data, module).only("shape", "transform", "bands")
+        fields = Fields(data, module).only("shape", "transform", "bands", "activations")
         out, columns = fields.integers("shape", 2, 1, MAX_SIDE)
         if shape not in (None, (out, columns)):
             raise fields.fail("shape", f"{list(shape)}, as in the model")
@@ -131,7 +135,11 @@ class NativeSpec:
         covered = sum(run.count * run.columns for run in runs)
         if covered != columns:
             raise FormatError(f"quantization config of {module}: bands must cover {columns} columns, got {covered}")
-        spec = NativeSpec((out, columns), steps, runs)
+        activations = None
+        if "activations" in fields.data:
+            inputs = fields.nested("activations").only("bits", "kind")
+            activations = Activations(inputs.integer("bits", 4, 8), inputs.choice("kind", KINDS))
+        spec = NativeSpec((out, columns), steps, runs, activations)
         base.check_bounds(spec, module)
         return spec
 

@@ -69,6 +69,7 @@ class VptqSpec:
     norm_dim: int = 0
 
     method: ClassVar[str] = "vptq"
+    activations: ClassVar[None] = None
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def prepare(
     sites = [site for index in range(model.n_blocks) for site in model.sites(index)]
     _check_coverage(model, sites)
     dtype = _stored_dtype(origin, progress)
-    plan = _resolve(plan, sites, dtype)
+    plan = resolve(plan, sites, dtype)
     _check_shared(model, plan)
     methods = {site.name: plan.method_for(site.name) for site in sites}
     used = tuple(method for method in methods.values() if method is not None)
@@ -89,7 +89,9 @@ def prepare(
     return Prepared(plan, layout, dtype, windows, settings, used, _predicted_bytes(origin, sites, plan, dtype, windows, model))
 
 
-def _resolve(plan: Plan | Budget | Method, sites: Sequence[Site], dtype: torch.dtype) -> Plan:
+def resolve(plan: Plan | Budget | Method, sites: Sequence[Site], dtype: torch.dtype) -> Plan:
+    """The plan for these sites, tables and scales stored in `dtype`. Raises VoroqError for one that leaves all as it is, or tears experts
+    of a layer apart."""
     if isinstance(plan, Budget):
         return plan.plan([(site.name, site.shape) for site in sites], float_bits=8 * dtype.itemsize)
     if not isinstance(plan, Plan):

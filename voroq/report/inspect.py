@@ -142,7 +142,8 @@ def settings(spec: Spec) -> str:
         words += ["perm"] if spec.perm else []
         return " ".join(words)
     if isinstance(spec, NativeSpec):
-        return ", ".join([*(_run(run) for run in spec.runs), *spec.steps])
+        inputs = [] if spec.activations is None else [f"inputs in {spec.activations.bits} bits ({spec.activations.kind})"]
+        return ", ".join([*(_run(run) for run in spec.runs), *spec.steps, *inputs])
     return type(spec).__name__
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from voroq.codebook.presets import preset
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.packed.format import pack, unpack
@@ -25,6 +26,23 @@ def test_it_computes_what_the_matrix_does():
     q, x = some_quantized(), torch.randn(3, 5, 6)
     bias = nn.Parameter(torch.randn(7))
     torch.testing.assert_close(Trainable(q, bias)(x), x @ q.dequantize().T + bias)
+
+
+def test_pyramids_are_spelled_out_and_stay_numbers():
+    rng = torch.Generator().manual_seed(1)
+    book = preset(16, 64)
+    codes = book.encode(torch.randn(10, 16, generator=rng)).reshape(2, 5, 2)
+    q = Quantized((30, 5), Chain(), (Band(0, 5, Tile(16, 1), book, scale=torch.rand(2, generator=rng) + 0.5),), (codes,))
+    module, x = Trainable(q), torch.randn(7, 5, generator=rng)
+    torch.testing.assert_close(module(x), x @ q.dequantize().T)
+    module(x).square().sum().backward()
+    assert set(module.stored) == {"0/scales", "0/scale"} and all(bool(p.grad.abs().sum() > 0) for p in module.stored.values())
+    with torch.no_grad():
+        module.stored["0/scales"] *= 2
+    torch.testing.assert_close(module(x), 2 * x @ q.dequantize().T)
+    assert torch.equal(module.quantized().codes[0], codes) and module.quantized().bands[0].codebook.bits == 64
+    module.codes = (codes.flip(1),)
+    torch.testing.assert_close(module(x), x @ module.quantized().dequantize().T)
 
 
 def test_every_stored_number_gets_its_gradient():

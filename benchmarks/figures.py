@@ -1,0 +1,79 @@
+"""The figures of docs/pvq.md, from results that are committed: python benchmarks/figures.py
+
+docs/figures/pvq-gaussian.svg    mean squared error of unit Gaussians against bits, above the rate-distortion bound (results/pvq.json)
+docs/figures/pvq-quality.svg     gap to full precision on the bundled model against bits (results/quality*.json, pvq_model.json)
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot  # the back end comes first
+
+HERE = Path(__file__).resolve().parent
+RESULTS, FIGURES = HERE / "results", HERE.parent / "docs" / "figures"
+LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.00950}
+"""Mean squared errors of the best scalar quantizers of a unit Gaussian (Max 1960)."""
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+
+
+def decibels(bits: float, error: float) -> float:
+    """Above the least error that any code of so many bits has, 4^-bits."""
+    return 10 * math.log10(error * 4**bits)
+
+
+def gaussian() -> None:
+    found = [(float(r["part"].split()[1]), r) for r in rows("pvq") if r["part"].startswith("gaussian")]
+    lines = {
+        "union of pyramids, 16 weights": [(bits, r["voroq"]) for bits, r in found],
+        "gain and shape (the paper's form), 16 weights": [(bits, r["paper"]) for bits, r in found if r["paper"]],
+        "scalars (Lloyd-Max)": list(LLOYD_MAX.items()),
+    }
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for label, points in lines.items():
+        axes.plot([bits for bits, _ in points], [decibels(*point) for point in points], "o-", label=label)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="bits per weight", ylabel="error above the bound, dB", title="Unit Gaussians")
+    axes.legend()
+    save(figure, "pvq-gaussian")
+
+
+def quality() -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name in ("quality", "quality-other", "quality-pvq"):
+        for r in rows(name):
+            method = r["setting"].split()[0].strip(",").lower()
+            effort = r["setting"].rpartition("--effort ")[2] if "--effort" in r["setting"] else "fast"
+            label = f"{method}, reference code" if r["row"] == "reference" else f"{method}, {effort}"
+            lines.setdefault(label, []).append((r["bpw"], r["gap"]))
+    free = [(r["bits"], r["gap"]) for r in rows("pvq_model") if r["part"] == "free"]
+    lines |= {"pvq, while loading, no data": free} if free else {}
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for label, points in sorted(lines.items()):
+        points = sorted(set(points))
+        style = "s--" if "reference" in label else "o-"
+        axes.plot([bits for bits, _ in points], [gap for _, gap in points], style, label=label, markersize=4)
+    axes.set(yscale="log", xlabel="bits per weight, everything stored", ylabel="mean ln(perplexity / full precision's)")
+    axes.set_title("Bundled model")
+    axes.legend(fontsize=8)
+    save(figure, "pvq-quality")
+
+
+def save(figure: Any, name: str) -> None:
+    FIGURES.mkdir(exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    matplotlib.rcParams["svg.hashsalt"] = "voroq"  # the same figure is the same file
+    gaussian()
+    quality()

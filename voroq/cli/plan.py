@@ -10,7 +10,7 @@ from rich.table import Table
 from voroq.cli import options
 from voroq.cli.console import emit, err
 from voroq.cli.progress import terminal_progress
-from voroq.cli.quantize import CalibrationSource, Option, parse_options
+from voroq.cli.quantize import CalibrationSource, Context, Option, parse_options
 from voroq.errors import VoroqError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -37,9 +37,7 @@ def plan(
     option: Option = None,
     calibration: CalibrationSource = None,
     samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Windows of that text. Default: 64.", show_default=False)] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens in a window. Default: the model's, at most 2048.", show_default=False)
-    ] = None,
+    context: Context = None,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     revision: options.Revision = None,

@@ -38,6 +38,11 @@ Bits = Annotated[
         show_default=False,
     ),
 ]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder to write (with --resume: the unfinished one).", show_default=False)]
+Samples = Annotated[int | None, typer.Option(min=1, metavar="N", help="Windows of that text. Default: 512.", show_default=False)]
+Context = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tokens in a window. Default: the model's, at most 2048.", show_default=False)
+]
 Option = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method, repeatable; see voroq methods.", show_default=False),
@@ -98,17 +103,15 @@ def parse_options(pairs: list[str]) -> dict[str, str]:
 
 def quantize(
     model: options.Model,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write (with --resume: the unfinished one).", show_default=False)],
+    out: Out,
     method: Annotated[str, typer.Option(metavar="vptq|pvq|gptq|rtn", help="How; see voroq methods.")] = "vptq",
     bits: Bits = None,
     option: Option = None,
     plan: PlanFile = None,
     allocate: Allocate = False,
     calibration: CalibrationSource = None,
-    samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Windows of that text. Default: 512.", show_default=False)] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens in a window. Default: the model's, at most 2048.", show_default=False)
-    ] = None,
+    samples: Samples = None,
+    context: Context = None,
     mode: ModeKind = Mode.parallel,
     hessian: HessianKind = Hessian.auto,
     effort: EffortKind = EffortName.fast,
@@ -145,6 +148,8 @@ def quantize(
       voroq methods   (lists every method and its options)
     """
     pairs = parse_options(option or [])
+    if plan is not None and (bits is not None or pairs or allocate):
+        raise VoroqError("--plan says everything that --bits, --option and --allocate say; give one or the other")
     from voroq.activations import Activations
     from voroq.front import quantize_model
     from voroq.pipeline.effort import EFFORTS
@@ -153,8 +158,6 @@ def quantize(
     from voroq.tuning.loop import Tuning
 
     chosen = EFFORTS[effort.value]
-    if plan is not None and (bits is not None or pairs or allocate):
-        raise VoroqError("--plan says everything that --bits, --option and --allocate say; give one or the other")
     wanted = read_plan(plan) if plan is not None else make_plan(method, bits, chosen.completed(method, pairs))
     shared = {"calibration": calibration, "context": context, "device": device, "seed": seed}
     shared |= {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -162,20 +165,9 @@ def quantize(
     with terminal_progress(err()) as progress:
         if allocate:
             wanted = plan_model(model, wanted, progress=progress, **shared).plan
-        report = quantize_model(
-            model,
-            out,
-            wanted,
-            samples=samples,
-            mode=mode.value,
-            hessian=hessian.value,
-            resume=resume,
-            block_tuning=Tuning(steps=tune_blocks) if tune_blocks else None,
-            tuning=chosen.tuning,
-            progress=progress,
-            **shared,
-            **inputs,
-        )
+        blocks = Tuning(steps=tune_blocks) if tune_blocks else None
+        how = {"mode": mode.value, "hessian": hessian.value, "block_tuning": blocks, "tuning": chosen.tuning}
+        report = quantize_model(model, out, wanted, samples=samples, resume=resume, progress=progress, **how, **shared, **inputs)
     emit(report, as_json, summary(report, out))
 
 

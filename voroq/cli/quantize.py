@@ -70,8 +70,8 @@ ModeKind = Annotated[
 EffortKind = Annotated[
     EffortName,
     typer.Option(
-        help="fast: the method alone. balanced: then the whole model is tuned towards the original's logits (both in memory). "
-        "best: a longer search and a longer tuning."
+        help="fast: the method alone, one block in memory. balanced: bits go where they are worth most, then the whole model is tuned "
+        "towards the original's logits (both in memory). best: a longer search and a longer tuning."
     ),
 ]
 PlanFile = Annotated[
@@ -163,7 +163,7 @@ def quantize(
     shared |= {"revision": revision, "trust_remote_code": trust_remote_code}
     inputs = {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
     with terminal_progress(err()) as progress:
-        if allocate:
+        if allocate or chosen.allocates(wanted):
             wanted = plan_model(model, wanted, progress=progress, **shared).plan
         blocks = Tuning(steps=tune_blocks) if tune_blocks else None
         how = {"mode": mode.value, "hessian": hessian.value, "block_tuning": blocks, "tuning": chosen.tuning}

@@ -65,9 +65,9 @@ class VPTQ:
     """added to the Hessian's diagonal, relative to its mean"""
     kmeans_steps: int = 20
     """Lloyd iterations at most, per table"""
-    rounds: int = 1
+    rounds: int = 2
     """times the tables are refitted to the proxy loss and the matrix swept again"""
-    sweeps: int = 1
+    sweeps: int = 2
     """coordinate-descent sweeps over the codes per round; 0 = rounds sweep by feedback alone"""
     beam: int = 8
     """main centroids tried for each vector where there is a residual table; 1 = greedily"""

@@ -1,8 +1,8 @@
-"""How much work a result is worth: three presets between an untuned run and everything that paid.
+"""How much work a result is worth: three presets between an untuned run and everything that paid (docs/vptq.md has the ablation).
 
     fast       the method alone, block by block; memory of one block
-    balanced   then the whole model tuned towards the original's logits
-    best       more search in every table, and a longer tuning
+    balanced   bits allocated by what every linear is worth, then the whole model tuned towards the original's logits
+    best       the same with more search in every table, and a tuning as long as it pays
 
 The last two hold the original and the quantized model in memory at once, in float32.
 """
@@ -10,24 +10,29 @@ The last two hold the original and the quantized model in memory at once, in flo
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from voroq.pipeline.plan import Budget
 from voroq.tuning.loop import Tuning
 
 
 @dataclass(frozen=True)
 class Effort:
-    """`options` are the method's own, by method; what the user asks for comes first."""
+    """`options` are the method's own, by method; what the user asks for comes first. `allocate` lets a budget be spent by sensitivity."""
 
     tuning: Tuning | None = None
     options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    allocate: bool = False
 
     def completed(self, method: str, options: Mapping[str, str]) -> dict[str, str]:
         """The user's options for `method`, with this effort's where there are none."""
         return {**self.options.get(method, {}), **options}
 
+    def allocates(self, plan: object) -> bool:
+        """Whether `plan` is a budget to be allocated; where the settings are given there is nothing to allocate."""
+        return self.allocate and isinstance(plan, Budget)
+
 
 EFFORTS = {
     "fast": Effort(),
-    "balanced": Effort(Tuning(steps=100, moves=0.02)),
-    "best": Effort(Tuning(steps=200, moves=0.02), {"vptq": {"rounds": "2", "sweeps": "2"}}),
+    "balanced": Effort(Tuning(steps=100, moves=0.02), allocate=True),
+    "best": Effort(Tuning(steps=300, batch=16, moves=0.02), {"vptq": {"rounds": "4"}}, allocate=True),
 }
-

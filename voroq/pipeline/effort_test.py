@@ -12,6 +12,12 @@ def test_more_effort_is_more_work():
     assert best.options["vptq"]
 
 
+def test_only_a_budget_is_allocated_and_only_where_the_effort_says_so():
+    budget, given = make_plan("vptq", 2.1, {}), make_plan("vptq", None, {"table_bits": "8"})
+    assert not EFFORTS["fast"].allocates(budget)
+    assert all(EFFORTS[name].allocates(budget) and not EFFORTS[name].allocates(given) for name in ("balanced", "best"))
+
+
 def test_what_was_asked_for_comes_first():
     best = EFFORTS["best"]
     assert best.completed("vptq", {"rounds": "5"})["rounds"] == "5"

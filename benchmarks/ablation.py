@@ -1,0 +1,55 @@
+"""What every part of VPTQ is worth, one after the other, at the bits of the reference row (docs/vptq.md has the table).
+
+    python benchmarks/ablation.py --json benchmarks/results/ablation.json
+
+Rows named + add to the row before them; rows named | change one thing of the row that they name. Nothing here was chosen by these texts.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from bundled import measure
+from common import arguments, publish
+
+from voroq.pipeline.effort import Effort
+from voroq.pipeline.plan import make_plan
+from voroq.tuning.loop import Tuning
+
+BITS = 2.107
+PLAIN, SWEPT, FULL = {"rounds": "0"}, {"rounds": "1", "sweeps": "1"}, {"rounds": "2", "sweeps": "2"}
+ONE, TWO = {"hessian": "input"}, {"hessian": "two-sided"}
+
+
+def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
+    """Label, options of the method, effort, options of the run."""
+    yield "feedback alone, moments of inputs", PLAIN, Effort(), ONE
+    yield "+ tables refitted, one descent sweep", SWEPT, Effort(), ONE
+    yield "+ gradients at the outputs (two-sided)", SWEPT, Effort(), TWO
+    yield "+ two rounds of two sweeps (fast)", FULL, Effort(), TWO
+    yield "| fast, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
+    yield "| fast, 1 % outlier columns, v2 k64", {**FULL, **OUTLIERS}, Effort(), TWO
+    yield "| fast, two tables a matrix", {**FULL, "groups": "2"}, Effort(), TWO
+    yield "| fast, columns normalised", {**FULL, "normalize": "std"}, Effort(), TWO
+    yield "| fast, columns in their own order", {**FULL, "permute": "false"}, Effort(), TWO
+    yield "+ bits allocated", FULL, Effort(allocate=True), TWO
+    yield "+ whole-model tuning, 100 steps", FULL, Effort(Tuning(steps=100), allocate=True), TWO
+    yield "+ code moves (balanced)", FULL, Effort(Tuning(steps=100, moves=0.02), allocate=True), TWO
+
+
+OUTLIERS = {"outlier_percent": "1", "outlier_vector_length": "2", "outlier_table_bits": "6"}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="the rows whose label holds this")
+    args = parser.parse_args()
+    samples, windows = (16, 4) if args.quick else (512, 100)
+    rows = []
+    for label, options, effort, run in settings():
+        if args.only in label:
+            rows.append(measure(label, make_plan("vptq", BITS, options), effort, samples=samples, windows=windows, **run))
+    publish(f"VPTQ on the bundled model at {BITS} bits", rows, args, samples=samples, windows=windows)
+
+
+if __name__ == "__main__":
+    main()

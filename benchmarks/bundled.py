@@ -1,0 +1,45 @@
+"""One measurement on the bundled model, as every quality benchmark takes it: quantize, reload from disk, compare on three texts."""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from voroq.evaluation.compare import compare
+from voroq.pipeline.effort import Effort
+from voroq.pipeline.plan import Budget, Plan
+from voroq.pipeline.planning import plan_model
+from voroq.pipeline.run import quantize_model
+from voroq.pipeline.text import DEMO_MODEL
+
+TEXTS = ("wikitext2", "books", "c4")
+FULL = (39.8151, 38.9336, 93.0934)
+"""Perplexities of the original on the first 100 windows of 256 tokens of each text."""
+
+
+def gap(perplexities: tuple[float, ...]) -> float:
+    """Mean over the texts of ln(perplexity / full-precision perplexity)."""
+    return sum(math.log(a / b) for a, b in zip(perplexities, FULL, strict=True)) / len(FULL)
+
+
+def row(who: str, setting: str, bits: float, found: tuple[float, ...]) -> dict[str, Any]:
+    texts = dict(zip(TEXTS, found, strict=True))
+    return {"row": who, "setting": setting, "bpw": bits, **texts, "gap": gap(found), "kl": None, "seconds": None}
+
+
+def measure(label: str, plan: Plan | Budget, effort: Effort, *, samples: int, windows: int, **options: Any) -> dict[str, Any]:
+    """The row of `plan` at `effort`, calibrated on `samples` windows of C4; seconds are those of planning, quantizing and tuning."""
+    text = {"calibration": "calibration-c4", "context": 256}
+    with tempfile.TemporaryDirectory() as folder:
+        out, began = str(Path(folder) / "model"), time.perf_counter()
+        if effort.allocates(plan):
+            plan = plan_model(DEMO_MODEL, plan, **text, samples=min(samples, 64)).plan
+        report = quantize_model(DEMO_MODEL, out, plan, **text, samples=samples, tuning=effort.tuning, **options)
+        seconds = time.perf_counter() - began
+        opening = {"device": "cpu", "dtype": "float32"}
+        measured = compare(out, list(TEXTS), against=DEMO_MODEL, context=256, windows=windows, opening=opening)
+    found = row("voroq", label, report["bits_per_weight"], tuple(text.perplexity for text in measured.texts))
+    done = {**found, "kl": measured.kl, "seconds": seconds}
+    print(done, flush=True)
+    return done

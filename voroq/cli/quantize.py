@@ -15,6 +15,7 @@ from voroq.errors import VoroqError
 class Mode(StrEnum):
     parallel = "parallel"
     sequential = "sequential"
+    asymmetric = "asymmetric"
 
 
 class Hessian(StrEnum):
@@ -65,7 +66,11 @@ HessianKind = Annotated[
 
 
 ModeKind = Annotated[
-    Mode, typer.Option(help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential).")
+    Mode,
+    typer.Option(
+        help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential); asymmetric: those, and "
+        "weights first become the ones that answer them as the originals answered the original's inputs."
+    ),
 ]
 EffortKind = Annotated[
     EffortName,

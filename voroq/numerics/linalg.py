@@ -51,6 +51,17 @@ def damped(h: Square, damping: float) -> tuple[Square, tuple[str, ...]]:
     return out, tuple(notes)
 
 
+def answering(w: Matrix, second: Square, shift: Square, damping: float) -> Matrix:
+    """The matrix that gives on inputs x' what `w` gives on x, as nearly as least squares can: argmin |W x - W' x'|^2 + damping |W' - W|^2.
+
+    With second = sum x' x'^T and shift = sum (x - x') x'^T it is W + W shift inv(second + damping mean(diag second) I).
+    (Asymmetric calibration: GPTAQ, Li et al. 2025; Qronos, Zhang et al. 2025.)
+    """
+    mean = second.diagonal().mean().clamp_min(torch.finfo(second.dtype).tiny)
+    ridge = second + torch.eye(second.shape[0], dtype=second.dtype, device=second.device) * (damping * mean)
+    return w + torch.linalg.solve(ridge, (w @ shift).T).T
+
+
 def proxy_loss(delta: Matrix, h: Square) -> Float[Tensor, "out"]:
     """delta H delta^T, its diagonal: the loss each output row adds to tr(E H E^T)."""
     return ((delta @ h) * delta).sum(1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from voroq.numerics.linalg import damped, inverse_factor, proxy_loss, relative_proxy_loss
+from voroq.numerics.linalg import answering, damped, inverse_factor, proxy_loss, relative_proxy_loss
 
 
 def spd(n: int, seed: int = 0) -> torch.Tensor:
@@ -61,3 +61,17 @@ def test_nan_hessian_is_refused():
     h[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         damped(h, 0.01)
+
+
+def test_the_answering_matrix_is_the_least_squares_fit_drawn_towards_the_original():
+    rng = torch.Generator().manual_seed(4)
+    x = torch.randn(60, 7, generator=rng, dtype=torch.float64)
+    other = x + 0.5 * torch.randn(60, 7, generator=rng, dtype=torch.float64)
+    w = torch.randn(5, 7, generator=rng, dtype=torch.float64)
+    second, shift = other.T @ other, (x - other).T @ other
+    damping = 0.3
+    ridge = (damping * second.diagonal().mean()).sqrt()
+    left = torch.cat([other, ridge * torch.eye(7, dtype=torch.float64)])
+    right = torch.cat([x @ w.T, ridge * w.T])
+    assert torch.allclose(answering(w, second, shift, damping), torch.linalg.lstsq(left, right).solution.T)
+    assert torch.equal(answering(w, second, torch.zeros_like(shift), damping), w)

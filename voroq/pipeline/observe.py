@@ -57,6 +57,41 @@ def run_block(model: OpenModel, block: nn.Module, index: int, inputs: Activation
     _run(model, block, index, inputs, batch, outputs)
 
 
+@torch.no_grad()
+def observe_shift(
+    model: OpenModel, block: nn.Module, index: int, originals: Activations, inputs: Activations, batch: int, *, sites: Collection[str]
+) -> dict[str, Float[Tensor, "in in"]]:
+    """sum (x - x') x'^T for each of `sites` in block `index`: x what it sees when the block sees `originals`, x' with `inputs`.
+
+    An expert that sees other tokens then is left out: its two inputs cannot be told apart from one another's.
+    """
+    linears = {name: linear for name, linear in model.linears(block, index).items() if name in sites}
+    leaders = _leaders(model, block, index, linears, inputs.read(0, min(batch, inputs.shape[0])))
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(name: str):
+        return lambda _, args: seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).float())
+
+    own = [name for name in linears if leaders[name] == name]
+    sums = {name: torch.zeros(linears[name].in_features, linears[name].in_features, device=model.device) for name in own}
+    hooks = [linears[name].register_forward_pre_hook(watch(name)) for name in own]
+    try:
+        for start, hidden in inputs.batches(batch):
+            seen.clear()
+            for states in (originals.read(start, start + hidden.shape[0]), hidden):
+                model.forward_block(block, index, states.to(model.device))
+            for name in list(sums):
+                pair = seen.get(name, [])
+                if len(pair) == 2 and pair[0].shape == pair[1].shape:
+                    sums[name].addmm_((pair[0] - pair[1]).T, pair[1])
+                else:
+                    del sums[name]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: sums[leaders[name]] for name in linears if leaders[name] in sums}
+
+
 def borrow_prior(siblings: Mapping[str, Moments], minimum: int) -> tuple[dict[str, Moments], tuple[str, ...]]:
     """`siblings` (one projection of every expert of a layer) with the ones that saw fewer than `minimum` tokens topped up, and
     the names of those.

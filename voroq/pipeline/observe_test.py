@@ -9,7 +9,7 @@ from voroq.experts import unstack_experts
 from voroq.moments import Moments, observe
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.model import OpenModel, open_model
-from voroq.pipeline.observe import borrow_prior, observe_block, run_block
+from voroq.pipeline.observe import borrow_prior, observe_block, observe_shift, run_block
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tiny_models_test import CONFIGS, save_tiny, tiny_tokens
 
@@ -163,3 +163,25 @@ def test_if_no_expert_saw_a_token_the_prior_is_the_identity():
     topped, poor = borrow_prior({"a": Moments.empty(3), "b": Moments.empty(3)}, 8)
     assert poor == ("a", "b")
     torch.testing.assert_close(topped["a"].hessian(), torch.eye(3))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_shifts_are_those_of_explicit_hooks_on_both_inputs(name, tmp_path):
+    _, _, model, states = prepared(name, tmp_path)
+    moved = prepared(name, tmp_path / "other")[3]
+    for start, hidden in moved.batches(2):
+        moved.write(start, hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(start)))
+    block, names = model.load_block(0), [site.name for site in model.sites(0)]
+    found = observe_shift(model, block, 0, states, moved, 2, sites=names)
+    seen: dict[str, list[torch.Tensor]] = {site: [] for site in names}
+    for site, linear in model.linears(block, 0).items():
+        linear.register_forward_pre_hook(lambda _, args, site=site: seen[site].append(args[0].flatten(0, -2).double()))
+    with torch.no_grad():
+        for store in (states, moved):
+            for _, hidden in store.batches(2):
+                model.forward_block(block, 0, hidden)
+    assert {site for site in names if "experts" not in site} <= set(found)
+    for site, shift in found.items():
+        half = len(seen[site]) // 2
+        x, other = torch.cat(seen[site][:half]), torch.cat(seen[site][half:])
+        torch.testing.assert_close(shift.double(), (x - other).T @ other, rtol=1e-4, atol=1e-3)

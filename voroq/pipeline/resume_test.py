@@ -91,7 +91,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     call = f"""from voroq.pipeline.resume_test import *
 folder = Path({str(tmp_path)!r})
 source = tiny_source(folder / "in")
-for mode in ("parallel", "sequential"):
+for mode in ("parallel", "sequential", "asymmetric"):
     kill_and_resume(source, folder, mode)"""
     done = subprocess.run([sys.executable, "-c", call], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,6 +2,7 @@
 
     parallel     every block sees the original model: observe and pass on in one go, then quantize
     sequential   every block sees its quantized predecessors: observe, quantize, pass on what the quantized block makes of it
+    asymmetric   the same, and weights first become those that answer the inputs they see as the originals answered theirs
 
 An interrupted run repeats the forward passes of finished blocks (cheap) and none of their quantization, so it meets the same
 numbers and ends with the same bytes.
@@ -24,6 +25,7 @@ import voroq
 from voroq.errors import VoroqError
 from voroq.methods import ONE_SIDED, Method
 from voroq.moments import Moments
+from voroq.numerics.linalg import answering
 from voroq.packed.base import Packed, Spec
 from voroq.packed.format import pack, spec_type, unpack
 from voroq.pipeline.activations import Activations
@@ -32,7 +34,7 @@ from voroq.pipeline.calibration import calibration_windows
 from voroq.pipeline.finished import put_back, tune_finished
 from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients
 from voroq.pipeline.model import OpenModel, open_model
-from voroq.pipeline.observe import borrow_prior, observe_block, run_block
+from voroq.pipeline.observe import borrow_prior, observe_block, observe_shift, run_block
 from voroq.pipeline.output import Output, check_disk
 from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, prepare
@@ -44,6 +46,8 @@ from voroq.pipeline.tune import block_batches, tune_block
 from voroq.pipeline.work import SiteJob, resolve_devices, share
 from voroq.tuning.loop import Tuning
 
+ANSWERING = 0.01
+"""Weight of the original matrix where weights are made to answer other inputs, relative to the inputs' mean square."""
 TOKENS_PER_BATCH = 4096
 """Tokens in one forward pass of a block."""
 
@@ -129,8 +133,8 @@ def quantize_model(
 
 
 def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | None) -> None:
-    if mode not in ("parallel", "sequential"):
-        raise VoroqError(f"mode {mode!r} is unknown; choose parallel or sequential")
+    if mode not in ("parallel", "sequential", "asymmetric"):
+        raise VoroqError(f"mode {mode!r} is unknown; choose parallel, sequential or asymmetric")
     if hessian not in ("auto", "input", "two-sided"):
         raise VoroqError(f"hessian {hessian!r} is unknown; choose auto, input or two-sided")
     if model.skeleton.get_output_embeddings() is not None:
@@ -185,16 +189,19 @@ class Run:
         others = block_batches(self.block_tuning, tuple(windows.shape), self.seed) if self.block_tuning is not None else ()
         store = self.model.capture(windows, batch, others=others, limit=ACTIVATIONS_IN_MEMORY, folder=self.output.folder)
         with ExitStack() as stack:
-            states = stack.enter_context(store)
+            states, originals = stack.enter_context(store), None
+            if self.mode == "asymmetric":
+                again = self.model.capture(windows, batch, others=others, limit=ACTIVATIONS_IN_MEMORY, folder=self.output.folder)
+                originals = stack.enter_context(again)
             gradients: list[Activations | None] = [None] * self.model.n_blocks
             if self.two_sided:
                 gradients = [stack.enter_context(one) for one in self._gradients(windows, states, batch)]
             for index in range(last + 1):
                 self.progress.block(index, self.model.block_name(index))
                 if entries[index] is None:
-                    entries[index] = self._quantize(index, states, gradients[index], batch, more=index < last)
+                    entries[index] = self._quantize(index, states, originals, gradients[index], batch, more=index < last)
                 else:
-                    self._replay(index, states, batch, entries[index], more=index < last)
+                    self._replay(index, states, originals, batch, entries[index], more=index < last)
         return entries
 
     def _gradients(self, windows: torch.Tensor, states: Activations, batch: int) -> list[Activations]:
@@ -204,7 +211,7 @@ class Run:
         return output_gradients(self.model, tokens, states, batch, seed=self.seed, progress=self.progress, **room)
 
     def _quantize(
-        self, index: int, states: Activations, gradients: Activations | None, batch: int, *, more: bool
+        self, index: int, states: Activations, originals: Activations | None, gradients: Activations | None, batch: int, *, more: bool
     ) -> dict[str, Any]:
         began = time.perf_counter()
         model = self.model
@@ -220,9 +227,14 @@ class Run:
         moments, tokens = observe_block(model, block, index, states, batch, sites=[site.name for site in chosen], outputs=outputs)
         moments = {name: dataclasses.replace(found, outputs=curvature.get(name)) for name, found in moments.items()}
         moments, notes = _with_priors(chosen, moments)
-        jobs = []
+        jobs, shifts = [], {}
+        if originals is not None:
+            shifts = observe_shift(model, block, index, originals, states, batch, sites=[site.name for site in chosen])
+            run_block(model, block, index, originals, batch, originals)
         for name in (site.name for site in chosen):
             method, weight = self.plan.method_for(name), linears[name].weight.detach()
+            if name in shifts:
+                weight = answering(weight.float(), moments[name].second, shifts[name], ANSWERING)
             jobs.append(SiteJob(name, method, weight, moments[name], self.seed, self.dtype, self.layout, notes.get(name, ())))
         packed: dict[str, Packed] = {}
         rows = []
@@ -237,8 +249,8 @@ class Run:
             packed, tuned = self._tune(block, index, packed, states)
             losses = {job.name: job.loss(packed[job.name]) for job in jobs}
             rows = [{**row, "loss": losses[row["name"]]} for row in rows]
-        del moments, jobs, curvature
-        if self.mode == "sequential":
+        del moments, jobs, curvature, shifts
+        if self.mode != "parallel":
             for name, one in packed.items():
                 linears[name].weight.data.copy_(unpack(one).dequantize())
         if more and outputs is None:
@@ -261,13 +273,17 @@ class Run:
         packed = {name: pack(q, self.dtype, self.layout) for name, q in done.sites.items()}
         return packed, {"before": done.before, "after": done.after}
 
-    def _replay(self, index: int, states: Activations, batch: int, entry: dict[str, Any], *, more: bool) -> None:
+    def _replay(
+        self, index: int, states: Activations, originals: Activations | None, batch: int, entry: dict[str, Any], *, more: bool
+    ) -> None:
         """Pass the states through a finished block, as the interrupted run did."""
         if not more:
             return
         self.progress.stage("passing on")
         block = self.model.load_block(index)
-        if self.mode == "sequential":
+        if originals is not None:
+            run_block(self.model, block, index, originals, batch, originals)
+        if self.mode != "parallel":
             put_back(self.model.linears(block, index), self.output.shard(index), entry["specs"], self.layout)
         run_block(self.model, block, index, states, batch, states)
         self.model.drop_block(index)

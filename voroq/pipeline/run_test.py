@@ -147,6 +147,15 @@ def test_number_and_order_of_devices_change_no_byte(tmp_path):
     assert content(tmp_path / "one") == content(tmp_path / "three")
 
 
+def test_asymmetric_blocks_answer_what_they_see_as_the_originals_did(tmp_path):
+    source = tiny_source(tmp_path / "in")
+    modes = ("sequential", "asymmetric")
+    reports = {mode: quick_run(source, tmp_path / mode, QUICK["gptq"], mode=mode) for mode in modes}
+    sequential, asymmetric = (content(tmp_path / mode) for mode in reports)
+    blocks = [f"model-0000{number}-of-00003.safetensors" for number in (2, 3)]
+    assert [sequential[name] == asymmetric[name] for name in blocks] == [True, False]  # nothing is off before the first block
+
+
 def test_sequential_blocks_see_their_quantized_predecessors(tmp_path):
     source = tiny_source(tmp_path / "in")
     reports = {mode: quick_run(source, tmp_path / mode, QUICK["gptq"], mode=mode) for mode in ("parallel", "sequential")}

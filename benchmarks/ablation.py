@@ -5,15 +5,15 @@
 Rows named + add to the row before them; rows named | change one thing of the row that they name. Nothing here was chosen by these texts.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 from bundled import measure
 from common import arguments, publish
 
-from voroq.pipeline.effort import Effort
+from voroq.pipeline.effort import EFFORTS, Effort
 from voroq.pipeline.plan import make_plan
-from voroq.tuning.loop import Tuning
 
 BITS = 2.107
 PLAIN, SWEPT, FULL = {"rounds": "0"}, {"rounds": "1", "sweeps": "1"}, {"rounds": "2", "sweeps": "2"}
@@ -27,13 +27,15 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "+ gradients at the outputs (two-sided)", SWEPT, Effort(), TWO
     yield "+ two rounds of two sweeps (fast)", FULL, Effort(), TWO
     yield "| fast, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
+    yield "| fast, asymmetric", FULL, Effort(), {**TWO, "mode": "asymmetric"}
     yield "| fast, 1 % outlier columns, v2 k64", {**FULL, **OUTLIERS}, Effort(), TWO
     yield "| fast, two tables a matrix", {**FULL, "groups": "2"}, Effort(), TWO
     yield "| fast, columns normalised", {**FULL, "normalize": "std"}, Effort(), TWO
     yield "| fast, columns in their own order", {**FULL, "permute": "false"}, Effort(), TWO
     yield "+ bits allocated", FULL, Effort(allocate=True), TWO
-    yield "+ whole-model tuning, 100 steps", FULL, Effort(Tuning(steps=100), allocate=True), TWO
-    yield "+ code moves (balanced)", FULL, Effort(Tuning(steps=100, moves=0.02), allocate=True), TWO
+    still = dataclasses.replace(EFFORTS["balanced"].tuning, moves=0.0)
+    yield "+ whole-model tuning, 100 steps", FULL, Effort(still, allocate=True), TWO
+    yield "+ code moves (balanced)", FULL, EFFORTS["balanced"], TWO
 
 
 OUTLIERS = {"outlier_percent": "1", "outlier_vector_length": "2", "outlier_table_bits": "6"}

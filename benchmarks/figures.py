@@ -1,7 +1,8 @@
-"""The figures of docs/pvq.md, from results that are committed: python benchmarks/figures.py
+"""The figures of docs/pvq.md and docs/vptq.md, from results that are committed: python benchmarks/figures.py
 
 docs/figures/pvq-gaussian.svg    mean squared error of unit Gaussians against bits, above the rate-distortion bound (results/pvq.json)
 docs/figures/pvq-quality.svg     gap to full precision on the bundled model against bits (results/quality*.json, pvq_model.json)
+docs/figures/vptq-quality.svg    the same of VPTQ's efforts beside reference implementations (results/quality.json, `ANCHORS`)
 """
 
 import json
@@ -18,6 +19,16 @@ HERE = Path(__file__).resolve().parent
 RESULTS, FIGURES = HERE / "results", HERE.parent / "docs" / "figures"
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.00950}
 """Mean squared errors of the best scalar quantizers of a unit Gaussian (Max 1960)."""
+
+ANCHORS = {
+    "VPTQ": [(2.050, 0.0967), (2.107, 0.0824), (2.137, 0.0795), (2.325, 0.0785), (3.043, 0.0142), (3.111, 0.0181)],
+    "GPTQModel 7.7 VPTQ": [(2.073, 0.0936), (2.107, 0.0825), (2.326, 0.0841), (3.111, 0.0166)],
+    "GPTVQ": [(2.133, 0.0959), (2.157, 0.0799)],
+    "AQLM 2x8, untuned": [(2.327, 0.0749)],
+    "GPTQ, g128": [(2.175, 0.1243), (3.182, 0.0172)],
+    "llama.cpp's formats": [(2.062, 0.1741), (2.312, 0.1040), (2.562, 0.0645), (2.625, 0.0930), (3.062, 0.0297)],
+}
+"""Reference implementations on the bundled model, same texts and windows, at their best settings: bits and gap, by method."""
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -67,6 +78,23 @@ def quality() -> None:
     save(figure, "pvq-quality")
 
 
+def vptq() -> None:
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for label, points in ANCHORS.items():
+        axes.plot([bits for bits, _ in points], [gap for _, gap in points], "s", label=label, markersize=4, alpha=0.6)
+    efforts: dict[str, list[tuple[float, float]]] = {}
+    for r in rows("quality"):
+        if r["row"] == "voroq" and r["setting"].startswith("vptq"):
+            efforts.setdefault(r["setting"].rpartition("--effort ")[2], []).append((r["bpw"], r["gap"]))
+    for effort, points in efforts.items():
+        points.sort()
+        axes.plot([bits for bits, _ in points], [gap for _, gap in points], "o-", label=f"voroq vptq, {effort}", linewidth=2)
+    axes.set(yscale="log", xlabel="bits per weight, everything stored", ylabel="mean ln(perplexity / full precision's)")
+    axes.set_title("Bundled model: VPTQ beside reference implementations")
+    axes.legend(fontsize=8)
+    save(figure, "vptq-quality")
+
+
 def save(figure: Any, name: str) -> None:
     FIGURES.mkdir(exist_ok=True)
     figure.tight_layout()
@@ -77,3 +105,4 @@ if __name__ == "__main__":
     matplotlib.rcParams["svg.hashsalt"] = "voroq"  # the same figure is the same file
     gaussian()
     quality()
+    vptq()

@@ -33,6 +33,6 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(),
-    "balanced": Effort(Tuning(steps=100, moves=0.02), allocate=True),
-    "best": Effort(Tuning(steps=300, batch=16, moves=0.02), {"vptq": {"rounds": "4"}}, allocate=True),
+    "balanced": Effort(Tuning(steps=100, rate=0.01, moves=0.02, move_rate=0.013), allocate=True),
+    "best": Effort(Tuning(steps=300, rate=0.01, moves=0.02, move_rate=0.008), {"vptq": {"rounds": "4"}}, allocate=True),
 }

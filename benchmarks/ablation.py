@@ -26,16 +26,16 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "+ tables refitted, one descent sweep", SWEPT, Effort(), ONE
     yield "+ gradients at the outputs (two-sided)", SWEPT, Effort(), TWO
     yield "+ two rounds of two sweeps (fast)", FULL, Effort(), TWO
+    yield "+ bits allocated", FULL, Effort(allocate=True), TWO
+    still = dataclasses.replace(EFFORTS["balanced"].tuning, moves=0.0)
+    yield "+ whole-model tuning, 100 steps", FULL, Effort(still, allocate=True), TWO
+    yield "+ code moves (balanced)", FULL, EFFORTS["balanced"], TWO
     yield "| fast, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
     yield "| fast, asymmetric", FULL, Effort(), {**TWO, "mode": "asymmetric"}
     yield "| fast, 1 % outlier columns, v2 k64", {**FULL, **OUTLIERS}, Effort(), TWO
     yield "| fast, two tables a matrix", {**FULL, "groups": "2"}, Effort(), TWO
     yield "| fast, columns normalised", {**FULL, "normalize": "std"}, Effort(), TWO
     yield "| fast, columns in their own order", {**FULL, "permute": "false"}, Effort(), TWO
-    yield "+ bits allocated", FULL, Effort(allocate=True), TWO
-    still = dataclasses.replace(EFFORTS["balanced"].tuning, moves=0.0)
-    yield "+ whole-model tuning, 100 steps", FULL, Effort(still, allocate=True), TWO
-    yield "+ code moves (balanced)", FULL, EFFORTS["balanced"], TWO
 
 
 OUTLIERS = {"outlier_percent": "1", "outlier_vector_length": "2", "outlier_table_bits": "6"}
@@ -44,11 +44,12 @@ OUTLIERS = {"outlier_percent": "1", "outlier_vector_length": "2", "outlier_table
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="the rows whose label holds this")
+    parser.add_argument("--untuned", action="store_true", help="leave out the rows that tune the whole model")
     args = parser.parse_args()
     samples, windows = (16, 4) if args.quick else (512, 100)
     rows = []
     for label, options, effort, run in settings():
-        if args.only in label:
+        if args.only in label and not (args.untuned and effort.tuning):
             rows.append(measure(label, make_plan("vptq", BITS, options), effort, samples=samples, windows=windows, **run))
     publish(f"VPTQ on the bundled model at {BITS} bits", rows, args, samples=samples, windows=windows)
 

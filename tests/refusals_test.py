@@ -227,5 +227,5 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_afterwards(source, tmp
 def test_unknown_devices_and_modes(source, tmp_path, capsys):
     assert "unknown device 'abacus'" in refused(capsys, source, tmp_path / "out", "--device", "abacus")
     assert "device meta is not supported" in refused(capsys, source, tmp_path / "out", "--device", "meta")
-    with pytest.raises(VoroqError, match="mode 'both' is unknown; choose parallel or sequential"):
+    with pytest.raises(VoroqError, match="mode 'both' is unknown; choose parallel, sequential or asymmetric"):
         quick_run(source, tmp_path / "out", mode="both")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from voroq import native
 from voroq.numerics.bits import merge_streams, split_streams
+from voroq.numerics.nearest import is_native
 from voroq.numerics.pyramid import count, index_of, project, vector_of
 from voroq.shapes import Codes, Vectors
 
@@ -79,7 +80,7 @@ class Pulses:
 
     def _native(self, v: Vectors) -> bool:
         known = self.dim in native.PYRAMID_DIMS and max(self.pulses) <= native.MOST_PULSES and len(self.pulses) <= native.MOST_LEVELS
-        return known and v.device.type == "cpu" and v.dtype == torch.float32 and native.library() is not None
+        return known and is_native(v)
 
     def _nearest(self, v: Vectors) -> tuple[Int[Tensor, "n"], Vectors]:
         """Level and y of the nearest word. Level len(pulses) is the zero vector.

@@ -5,7 +5,7 @@ the divergence from the original model, not its error on the text. One pass forw
 puts the gradients in its place, so nothing grows with the depth but a store per block (memory up to a limit, else an unnamed file).
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ def output_gradients(
         block = model.load_block(index)
         for start, stop in spans:
             hidden = stores[index - 1].read(start, stop).to(model.device)
-            gradient = pulled_back(model, block, index, hidden, stores[index].read(start, stop))
+            gradient = _pulled_back(model, block, index, hidden, stores[index].read(start, stop))
             stores[index - 1].write(start, gradient)
         model.drop_block(index)
     return stores
@@ -81,26 +81,12 @@ def observe_outputs(
     sums = {name: torch.zeros(linear.out_features, linear.out_features, device=model.device) for name, linear in linears.items()}
     seen = dict.fromkeys(linears, 0)
 
-    def watch(name: str):
-        def collect(gradient: Tensor) -> None:
-            g = gradient.reshape(-1, gradient.shape[-1]).float()
-            sums[name].addmm_(g.T, g)
-            seen[name] += g.shape[0]
+    def collect(name: str, x: Tensor, gradient: Tensor) -> None:
+        g = gradient.reshape(-1, gradient.shape[-1]).float()
+        sums[name].addmm_(g.T, g)
+        seen[name] += g.shape[0]
 
-        def hook(linear: nn.Module, args: tuple, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(collect)
-
-        return hook
-
-    hooks = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
-    try:
-        for start in range(0, gradients.shape[0], batch):
-            stop = min(start + batch, gradients.shape[0])
-            pulled_back(model, block, index, inputs.read(start, stop).to(model.device), gradients.read(start, stop))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    pull_through(model, block, index, inputs, gradients, batch, sites=linears, collect=collect)
     return {name: shrunk(total / max(seen[name], 1), seen[name]) for name, total in sums.items()}
 
 
@@ -114,7 +100,41 @@ def shrunk(second: Float[Tensor, "d d"], tokens: int) -> Float[Tensor, "d d"]:
     return (tokens * second + more * even) / (tokens + more)
 
 
-def pulled_back(
+def pull_through(
+    model: OpenModel,
+    block: nn.Module,
+    index: int,
+    inputs: Activations,
+    gradients: Activations,
+    batch: int,
+    *,
+    sites: Collection[str],
+    collect: Callable[[str, Tensor, Tensor], None],
+) -> None:
+    """`collect(site, x, g)` for every call of each of `sites` while `gradients` at the output of block `index` are pulled back through it.
+
+    x is the site's input, g the gradient at its output. A call whose output does not depend on the block's input is left out.
+    """
+
+    def watch(name: str):
+        def hook(linear: nn.Module, args: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: collect(name, args[0].detach(), gradient))
+
+        return hook
+
+    linears = model.linears(block, index)
+    hooks = [linears[name].register_forward_hook(watch(name)) for name in sites]
+    try:
+        for start in range(0, gradients.shape[0], batch):
+            stop = min(start + batch, gradients.shape[0])
+            _pulled_back(model, block, index, inputs.read(start, stop).to(model.device), gradients.read(start, stop))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _pulled_back(
     model: OpenModel, block: nn.Module, index: int, hidden: Float[Tensor, "b ctx d"], gradient: Float[Tensor, "b ctx d"]
 ) -> Float[Tensor, "b ctx d"]:
     """The gradient at the input of a block, from that at its output."""

@@ -27,6 +27,8 @@ from voroq.pipeline.text import default_context
 from voroq.pipeline.tokenizer import load_tokenizer
 from voroq.pipeline.work import describe
 
+TOKENS_PER_BATCH = 4096
+"""Tokens in one forward pass of a block."""
 ACTIVATIONS_IN_MEMORY = 2 << 30
 """Bytes of calibration activations above which they go to a file in the output folder."""
 LEAST_COVERAGE = 0.5

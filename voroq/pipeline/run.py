@@ -37,7 +37,7 @@ from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import borrow_prior, observe_block, observe_shift, run_block
 from voroq.pipeline.output import Output, check_disk
 from voroq.pipeline.plan import Budget, Plan
-from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, prepare
+from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, TOKENS_PER_BATCH, prepare
 from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tokenizer import load_tokenizer
@@ -48,8 +48,6 @@ from voroq.tuning.loop import Tuning
 
 ANSWERING = 0.01
 """Weight of the original matrix where weights are made to answer other inputs, relative to the inputs' mean square."""
-TOKENS_PER_BATCH = 4096
-"""Tokens in one forward pass of a block."""
 
 
 def quantize_model(

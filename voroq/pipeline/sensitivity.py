@@ -20,18 +20,14 @@ from torch import Tensor, nn
 
 from voroq.errors import VoroqError
 from voroq.pipeline.activations import Activations
-from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients, pulled_back
+from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients, pull_through
 from voroq.pipeline.model import OpenModel
-from voroq.pipeline.observe import observe_block
+from voroq.pipeline.observe import observe_block, run_block
 from voroq.pipeline.plan import Plan
+from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, TOKENS_PER_BATCH
 from voroq.pipeline.progress import Progress
 from voroq.pipeline.work import generator
 from voroq.quantized import narrow
-
-PROBE_TOKENS = 4096
-"""Tokens in one forward pass of a block."""
-IN_MEMORY = 2 << 30
-"""Bytes of states and of gradients above which they go to an unnamed file."""
 
 
 def probe(
@@ -44,11 +40,12 @@ def probe(
     if model.skeleton.get_output_embeddings() is None:
         name = model.source.name
         raise VoroqError(f"{name} has no language model head, so what its layers are worth cannot be measured; give --bits alone")
-    batch = max(1, PROBE_TOKENS // windows.shape[1])
+    batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
     windows = windows[: gradient_windows(*windows.shape, batch)]
     found: dict[str, float] = {}
-    with model.capture(windows, batch, limit=IN_MEMORY, folder=folder) as states:
-        gradients = output_gradients(model, windows, states, batch, seed=seed, limit=IN_MEMORY, folder=folder, progress=progress)
+    with model.capture(windows, batch, limit=ACTIVATIONS_IN_MEMORY, folder=folder) as states:
+        room = {"limit": ACTIVATIONS_IN_MEMORY, "folder": folder}
+        gradients = output_gradients(model, windows, states, batch, seed=seed, progress=progress, **room)
         for index in range(model.n_blocks):
             progress.stage(f"probing block {index + 1} of {model.n_blocks}")
             block = model.load_block(index)
@@ -79,9 +76,7 @@ def _probe_block(
         made = chosen[name](w, replace(moments[name], outputs=outputs[name]), generator(seed, name))
         errors[name] = w - narrow(made, dtype).dequantize().to(w.device)
     found = divergences(model, block, index, states, gradients, batch, errors)
-    with torch.no_grad():
-        for start, hidden in states.batches(batch):
-            states.write(start, model.forward_block(block, index, hidden.to(model.device)))
+    run_block(model, block, index, states, batch, states)
     return found
 
 
@@ -97,25 +92,8 @@ def divergences(
     """1/2 sum over tokens of (g^T E x)^2, over all positions, for the error E of each site's weight."""
     sums = {name: torch.zeros((), dtype=torch.float64) for name in errors}
 
-    def watch(name: str):
-        def hook(linear: nn.Module, args: tuple, output: Tensor) -> None:
-            x = args[0].detach().float()
+    def collect(name: str, x: Tensor, gradient: Tensor) -> None:
+        sums[name] += (gradient.float() * (x.float() @ errors[name].T)).sum(-1).square().double().sum().cpu()
 
-            def collect(gradient: Tensor) -> None:
-                sums[name] += (gradient.float() * (x @ errors[name].T)).sum(-1).square().double().sum().cpu()
-
-            if output.requires_grad:
-                output.register_hook(collect)
-
-        return hook
-
-    linears = model.linears(block, index)
-    hooks = [linears[name].register_forward_hook(watch(name)) for name in errors]
-    try:
-        for start in range(0, gradients.shape[0], batch):
-            stop = min(start + batch, gradients.shape[0])
-            pulled_back(model, block, index, inputs.read(start, stop).to(model.device), gradients.read(start, stop))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    pull_through(model, block, index, inputs, gradients, batch, sites=errors, collect=collect)
     return {name: float(total) / 2 / (gradients.shape[0] * gradients.shape[1]) for name, total in sums.items()}

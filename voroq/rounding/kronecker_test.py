@@ -105,7 +105,7 @@ def test_descent_never_raises_the_loss_and_ends_where_no_single_code_can_lower_i
     settled = kronecker.descend(w, h, g, bands, done.codes, sweeps=200)
     last = float(settled.loss.sum())
     for at, band in enumerate(bands):
-        for row in range(0, settled.codes[at].shape[0] * band.tile.rows // band.tile.rows):
+        for row in range(settled.codes[at].shape[0]):
             codes = [part.clone() for part in settled.codes]
             for word in range(2 ** band.codebook.widths[0]):
                 codes[at][row, 1, 0] = word

@@ -60,11 +60,12 @@ def skeleton(folder: Folder) -> Any:
     """The model of a folder's config, as if it were not quantized, on meta. Raises VoroqError for a config transformers does not know."""
     try:
         with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder.path)
+            kind = model_class(folder.config)
+            config = (AutoConfig if kind is AutoModelForCausalLM else kind.config_class).from_pretrained(folder.path)
             for part in (config, config.get_text_config(decoder=True)):
+                part.dtype = None  # loading takes that of the weights, whatever the config says
                 if hasattr(part, "quantization_config"):
                     del part.quantization_config
-            kind = model_class(folder.config)
             return kind.from_config(config) if kind is AutoModelForCausalLM else kind._from_config(config)
     except Exception as error:  # a config that makes no sense fails in transformers with whatever it comes to
         raise VoroqError(f"{folder.path / 'config.json'}: transformers cannot build the model: {first_line(error)}") from error

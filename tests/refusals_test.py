@@ -32,7 +32,7 @@ def refused(capsys: pytest.CaptureFixture, source: Path | str, out: Path, *more:
     if "--option" not in given and "--bits" not in given:
         given += ["--method", "rtn", "--option", "bits=4", "--option", "group_size=16"]
     with pytest.raises(SystemExit) as caught:
-        main(["quantize", str(source), str(out), "--context", "16", "--samples", "4", "--device", "cpu", *given])
+        main(["quantize", str(source), str(out), "--effort", "fast", "--context", "16", "--samples", "4", "--device", "cpu", *given])
     stdout, stderr = capsys.readouterr()
     assert caught.value.code == 2
     assert stdout == ""

@@ -57,6 +57,9 @@ def library(monkeypatch):
     monkeypatch.setitem(sys.modules, "voroq.pipeline.plan", SimpleNamespace(make_plan=make_plan))
     planning = SimpleNamespace(plan_model=plan_model, read_plan=lambda path: f"the plan in {path}")
     monkeypatch.setitem(sys.modules, "voroq.pipeline.planning", planning)
+    seen.checked = []
+    run = SimpleNamespace(check_memory_of=lambda model, **rest: seen.checked.append(model))
+    monkeypatch.setitem(sys.modules, "voroq.pipeline.run", run)
     monkeypatch.setitem(sys.modules, "voroq.front", SimpleNamespace(quantize_model=quantize_model))
     return seen
 
@@ -116,9 +119,20 @@ def test_quantize_passes_everything_on(library, capsys):
 def test_effort_is_a_tuning_and_options_that_yield_to_the_users(library):
     run("quantize", "in", "out", "--effort", "balanced")
     assert library.call[1]["tuning"] == EFFORTS["balanced"].tuning is not None
+    assert library.checked == ["in"]
     run("quantize", "in", "out", "--effort", "best", "-o", "rounds=7")
     assert library.call[1]["tuning"] == EFFORTS["best"].tuning
     assert library.plan == ("vptq", None, {**EFFORTS["best"].options["vptq"], "rounds": "7"})
+
+
+@pytest.mark.parametrize(
+    ("given", "effort"),
+    [([], "balanced"), (["--method", "gptq"], "fast"), (["--tune-blocks", "9"], "fast"), (["--effort", "fast"], "fast")],
+)
+def test_what_the_effort_is_where_none_is_given(given, effort, library):
+    run("quantize", "in", "out", *given)
+    assert library.call[1]["tuning"] == EFFORTS[effort].tuning
+    assert library.checked == (["in"] if effort == "balanced" else [])
 
 
 def test_steps_of_blocks_are_passed_on(library):

@@ -73,10 +73,12 @@ ModeKind = Annotated[
     ),
 ]
 EffortKind = Annotated[
-    EffortName,
+    EffortName | None,
     typer.Option(
         help="fast: the method alone, one block in memory. balanced: bits go where they are worth most, then the whole model is tuned "
-        "towards the original's logits (both in memory). best: a longer search and a longer tuning."
+        "towards the original's logits (both in memory). best: a longer search and a longer tuning. Default: balanced for vptq, fast for "
+        "other methods and with --tune-blocks.",
+        show_default=False,
     ),
 ]
 PlanFile = Annotated[
@@ -119,7 +121,7 @@ def quantize(
     context: Context = None,
     mode: ModeKind = Mode.parallel,
     hessian: HessianKind = Hessian.auto,
-    effort: EffortKind = EffortName.fast,
+    effort: EffortKind = None,
     tune_blocks: TuneBlocks = 0,
     activation_bits: options.ActivationBits = None,
     activation_kind: options.ActivationKind = "integers",
@@ -140,7 +142,7 @@ def quantize(
 
       voroq quantize meta-llama/Llama-3.2-1B out --bits 2.1
 
-      voroq quantize ./small-model out --bits 2.1 --allocate --effort balanced
+      voroq quantize ./large-model out --bits 2.1 --effort fast
 
       voroq quantize ./my-model out --bits 2.1 --tune-blocks 60
 
@@ -160,13 +162,18 @@ def quantize(
     from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
     from voroq.pipeline.planning import plan_model, read_plan
+    from voroq.pipeline.run import check_memory_of
     from voroq.tuning.loop import Tuning
 
+    if effort is None:
+        effort = EffortName.balanced if method == "vptq" and not tune_blocks else EffortName.fast
     chosen = EFFORTS[effort.value]
     wanted = read_plan(plan) if plan is not None else make_plan(method, bits, chosen.completed(method, pairs))
     shared = {"calibration": calibration, "context": context, "device": device, "seed": seed}
     shared |= {"revision": revision, "trust_remote_code": trust_remote_code}
     inputs = {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
+    if chosen.tuning is not None:
+        check_memory_of(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
     with terminal_progress(err()) as progress:
         if allocate or chosen.allocates(wanted):
             wanted = plan_model(model, wanted, progress=progress, **shared).plan

@@ -45,7 +45,9 @@ def tune_finished(
         student = student_of(original, sites, model.whole)
         sources = {name: model.plain_source(name) for name, _ in original.named_parameters()}
         free = frozenset(name for name, source in sources.items() if source is not None)
-        done = tune(original, student, windows, tuning, free=free, seed=seed, state=output.tuning_state, progress=progress)
+        blocks = [model.block_name(index) for index in range(model.n_blocks)]
+        rest = {"seed": seed, "state": output.tuning_state, "progress": progress}
+        done = tune(original, student, windows, tuning, free=free, blocks=blocks, **rest)
         changed = {sources[name]: t.to(model.source.tensors[sources[name]].dtype) for name, t in done.others.items()}
         for name, q in done.sites.items():
             changed |= {f"{name}.{key}": tensor.cpu() for key, tensor in pack(q, dtype, layout).tensors.items()}

@@ -20,6 +20,9 @@ from voroq.pipeline.progress import Progress
 GRADIENT_TOKENS = 1 << 16
 """Tokens the gradients are taken on: enough for second moments of several thousand outputs."""
 
+AT_THE_HEAD = 1024
+"""Tokens whose logits are held at once."""
+
 PRIOR = 4
 """Samples per direction that a second moment of gradients is topped up with: gradients are heavy-tailed, and few tokens say little."""
 
@@ -28,6 +31,12 @@ def gradient_windows(windows: int, context: int, batch: int) -> int:
     """How many of `windows` get gradients: whole batches, so that blocks are called as they were captured."""
     wanted = max(1, GRADIENT_TOKENS // context // batch) * batch
     return min(windows, wanted)
+
+
+def stored_bytes(windows: int, context: int, batch: int, width: int, blocks: int, limit: int) -> int:
+    """Room on disk that `output_gradients` takes for a model of `width` (float32 at most); 0 where its stores stay in memory."""
+    each = gradient_windows(windows, context, batch) * context * width * 4
+    return blocks * each if each > limit // blocks else 0
 
 
 def output_gradients(
@@ -58,7 +67,7 @@ def output_gradients(
                 hidden = entering.read(start, stop).to(model.device)
                 stores[index].write(start, model.forward_block(block, index, hidden))
             model.drop_block(index)
-    _at_the_head(model, tokens, stores[-1], spans, seed)
+    _at_the_head(model, tokens, stores[-1], seed)
     for index in range(model.n_blocks - 1, 0, -1):
         progress.stage(f"gradients, block {index + 1} of {model.n_blocks}")
         block = model.load_block(index)
@@ -144,19 +153,25 @@ def _pulled_back(
         return _checked(torch.autograd.grad(output, hidden, gradient.to(output))[0], model.block_name(index))
 
 
-def _at_the_head(model: OpenModel, tokens: Int[Tensor, "windows ctx"], last: Activations, spans: list[tuple[int, int]], seed: int) -> None:
-    """Replace what leaves the last block by the gradient of log q(sampled tokens) there."""
+def _at_the_head(model: OpenModel, tokens: Int[Tensor, "windows ctx"], last: Activations, seed: int) -> None:
+    """Replace what leaves the last block by the gradient of log q(sampled tokens) there; logits are wide, so a few tokens at a time."""
     rng = torch.Generator().manual_seed(seed)
+    each = max(1, AT_THE_HEAD // tokens.shape[1])
     with model.head() as logits:
-        for start, stop in spans:
+        for start in range(0, tokens.shape[0], each):
+            stop = min(start + each, tokens.shape[0])
             with torch.enable_grad():
                 hidden = last.read(start, stop).to(model.device).requires_grad_(True)
                 log_q = logits(tokens[start:stop], hidden).float().log_softmax(-1).flatten(0, 1)
-                with torch.no_grad():
-                    noise = torch.rand(log_q.shape, generator=rng).clamp_min(1e-20).to(log_q.device)
-                    sampled = (log_q - (-noise.log()).log()).argmax(-1)  # Gumbel: a draw from softmax(log_q)
-                chosen = log_q.gather(1, sampled[:, None]).sum()
+                chosen = log_q.gather(1, drawn(log_q, rng)[:, None]).sum()
                 last.write(start, _checked(torch.autograd.grad(chosen, hidden)[0], "the head"))
+
+
+@torch.no_grad()
+def drawn(log_q: Float[Tensor, "n v"], rng: torch.Generator) -> Int[Tensor, "n"]:
+    """A draw from each of the distributions `log_q` (Gumbel's way)."""
+    noise = torch.rand(log_q.shape, generator=rng).clamp_min(1e-20).to(log_q.device)
+    return (log_q - (-noise.log()).log()).argmax(-1)
 
 
 def _checked(gradient: Tensor, where: str) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from voroq.errors import VoroqError
 from voroq.experts import unstack_experts
-from voroq.pipeline.gradients import PRIOR, gradient_windows, observe_outputs, output_gradients
+from voroq.pipeline.gradients import PRIOR, gradient_windows, observe_outputs, output_gradients, stored_bytes
 from voroq.pipeline.observe_test import prepared
 from voroq.pipeline.progress import Silent
 from voroq.pipeline.tiny_models_test import CONFIGS
@@ -50,6 +50,8 @@ def literal(model: torch.nn.Module, names: set[str], tokens: torch.Tensor, seed:
 def test_output_moments_are_those_of_explicit_gradients_of_every_token(name, limit, tmp_path):
     whole, tokens, model, states = prepared(name, tmp_path)
     stores = output_gradients(model, tokens, states, BATCH, seed=5, limit=limit, folder=tmp_path, progress=Silent())
+    spilled = sum(store.bytes for store in stores if store.spilled)
+    assert stored_bytes(*tokens.shape, BATCH, stores[0].shape[2], model.n_blocks, limit) == spilled
     assert all(store.spilled == (limit == 0) for store in stores)
     expected = literal(whole, {site.name for index in range(model.n_blocks) for site in model.sites(index)}, tokens, 5)
     entering = states

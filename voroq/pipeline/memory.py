@@ -15,6 +15,19 @@ def peak_memory() -> dict[str, int | None]:
     return {"rss": _resident(), "cuda": _cuda()}
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a process can still take on `device` (CPU or CUDA), or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
 def give_back() -> None:
     """Return freed memory to the operating system, where the C library can.
 

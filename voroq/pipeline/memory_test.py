@@ -3,10 +3,12 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from voroq.pipeline.memory import peak_memory
+from voroq.pipeline.memory import free_memory, peak_memory
 
 CODE = """
 from voroq.pipeline.memory import peak_memory
@@ -24,6 +26,12 @@ def test_three_hundred_megabytes_show():
 
 def test_keys():
     assert set(peak_memory()) == {"rss", "cuda"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says")
+def test_free_memory_is_some_and_less_than_there_is():
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert 0 < free_memory(torch.device("cpu")) < total
 
 
 FREED = """

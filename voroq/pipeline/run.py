@@ -32,7 +32,7 @@ from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
 from voroq.pipeline.calibration import calibration_windows
 from voroq.pipeline.finished import put_back, tune_finished
-from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients
+from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients, stored_bytes
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import borrow_prior, observe_block, observe_shift, run_block
 from voroq.pipeline.output import Output, check_disk
@@ -42,7 +42,7 @@ from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tokenizer import load_tokenizer
 from voroq.pipeline.totals import described, totals
-from voroq.pipeline.tune import block_batches, tune_block
+from voroq.pipeline.tune import block_batches, check_memory, tune_block
 from voroq.pipeline.work import SiteJob, resolve_devices, share
 from voroq.tuning.loop import Tuning
 
@@ -91,9 +91,11 @@ def quantize_model(
         raise VoroqError(f"{source} is already quantized (config.json has a quantization_config); give the original model")
     model = open_model(origin, device=devices[0])
     _check_modes(model, mode, hessian, tuning)
+    if tuning is not None and tuning.steps:
+        check_memory(model)
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
-    check_disk(Path(out), ready.bytes)
     two_sided = _is_two_sided(model, hessian, ready.methods)
+    check_disk(Path(out), ready.bytes + (_gradient_bytes(model, ready.windows) if two_sided else 0))
     settings = {**ready.settings, "hessian": "two-sided" if two_sided else "input"}
     settings |= {"block_tuning": repr(block_tuning), "tuning": repr(tuning)}
     if tuning is not None:
@@ -130,6 +132,12 @@ def quantize_model(
     return report
 
 
+def check_memory_of(source: str | Path, *, device: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Raise VoroqError where tuning all of the model in `source` would not fit into memory; for those who plan before they run."""
+    origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
+    check_memory(open_model(origin, device=resolve_devices(device)[0]))
+
+
 def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | None) -> None:
     if mode not in ("parallel", "sequential", "asymmetric"):
         raise VoroqError(f"mode {mode!r} is unknown; choose parallel, sequential or asymmetric")
@@ -142,6 +150,16 @@ def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | Non
         raise VoroqError(f"{name} has no language model head, so there are no gradients of its answers; use --hessian input")
     if tuning is not None:
         raise VoroqError(f"{name} has no language model head, so there are no logits to tune towards; leave tuning out")
+
+
+def _gradient_bytes(model: OpenModel, windows: torch.Tensor) -> int:
+    width = getattr(model.config.get_text_config(), "hidden_size", 0)
+    return stored_bytes(*windows.shape, _batch(windows), width, model.n_blocks, ACTIVATIONS_IN_MEMORY)
+
+
+def _batch(windows: torch.Tensor) -> int:
+    """Windows in one forward pass of a block."""
+    return max(1, TOKENS_PER_BATCH // windows.shape[1])
 
 
 def _is_two_sided(model: OpenModel, hessian: str, methods: Sequence[Method]) -> bool:
@@ -181,7 +199,7 @@ class Run:
         self.progress.start(self.model.n_blocks, left)
         if None not in entries:
             return entries
-        batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+        batch = _batch(windows)
         self.progress.stage("embedding the calibration text")
         last = max(index for index, entry in enumerate(entries) if entry is None)
         others = block_batches(self.block_tuning, tuple(windows.shape), self.seed) if self.block_tuning is not None else ()

@@ -2,12 +2,14 @@
 
     block    |student(x) - block(x)|^2 / |block(x)|^2          over tables, scales and shifts; two blocks in memory
     model    KL( softmax(original logits) || softmax(quantized logits) )    over those, norms and biases; two models in memory
+             (and what the blocks' outputs say of it: `guide.py`)
 
 The loop itself is `tuning/loop.py`. (The paper's two last stages, whose code was never released.)
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from voroq.errors import VoroqError
 from voroq.packed.files import Entry, write_safetensors
 from voroq.pipeline.activations import Activations
+from voroq.pipeline.guide import Guide, output_moments
+from voroq.pipeline.memory import free_memory
 from voroq.pipeline.model import OpenModel
 from voroq.pipeline.progress import Progress
 from voroq.quantized import Quantized
@@ -28,6 +33,26 @@ from voroq.tuning.trainable import Trainable
 
 TOKENS_AT_ONCE = 2048
 """Tokens of one forward and backward; a step adds up as many as its batch needs."""
+PER_WEIGHT, PER_LOGIT = 36, 24
+"""Bytes: of a quantized weight its value, gradient, latent and that one's moments, code, and copies in the making; of a logit."""
+
+
+def check_memory(model: OpenModel) -> None:
+    """Raise VoroqError where `model` is too large to be tuned as a whole on its device, before any work is lost."""
+    needed, free = tuning_bytes(model), free_memory(model.device)
+    if free is not None and needed > free:
+        raise VoroqError(
+            f"tuning the whole model takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free on {model.device}; leave "
+            "tuning out (--effort fast holds one block at a time), or take a machine with more"
+        )
+
+
+def tuning_bytes(model: OpenModel) -> int:
+    """About the memory that `tune` takes: a float32 original, per quantized weight what makes and moves it, and logits of one pass."""
+    skeleton = model.skeleton
+    weights = sum(p.numel() for p in skeleton.parameters())
+    sites = sum(math.prod(site.shape) for index in range(model.n_blocks) for site in model.sites(index))
+    return 4 * weights + PER_WEIGHT * sites + PER_LOGIT * TOKENS_AT_ONCE * getattr(model.config.get_text_config(), "vocab_size", 0)
 
 
 @dataclass(frozen=True)
@@ -48,13 +73,15 @@ def tune(
     tuning: Tuning,
     *,
     free: frozenset[str],
+    blocks: Sequence[str],
     seed: int,
     state: Path,
     progress: Progress,
 ) -> Tuned:
     """Tune `student`, whose quantized linears are `Trainable`s, towards `original`, and say what became of its parameters.
 
-    Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned. `state` is the file the progress is
+    Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned. `blocks` are the names of the models' blocks
+    in order, whose outputs guide where `tuning` says so. `state` is the file the progress is
     saved to and continued from. Raises VoroqError where the loss stops being finite.
     """
     device = next(original.parameters()).device
@@ -70,12 +97,23 @@ def tune(
                 target = original(input_ids=tokens, use_cache=False).logits
             return divergence(target, student(input_ids=tokens, use_cache=False).logits)
 
-    loop = Loop(sites, plain, loss, held_out(windows.shape[0], seed), tuning, at_once=_at_once(windows.shape[1]), seed=seed)
+    at_once = _at_once(windows.shape[1])
+    guide = None
+    if tuning.guide and len(blocks) > 1:
+        progress.stage("gradients at the blocks' outputs")
+        guide = Guide(output_moments(original, blocks[:-1], windows, at_once=at_once, seed=seed))
+
+    def guided(rows: Int[Tensor, "w"]) -> Tensor:
+        with guide.watching(original, student):
+            return loss(rows) + tuning.guide * guide()
+
+    split = held_out(windows.shape[0], seed)
+    loop = Loop(sites, plain, loss, split, tuning, at_once=at_once, seed=seed, guided=guided if guide else None)
     if state.is_file():
         loop.restore({name: tensor.to(device) for name, tensor in load_file(state).items()})
     loop.run(
         checkpoint=lambda loop: _save(loop, state),
-        progress=lambda step, kl: progress.stage(f"tuning, step {step} of {tuning.steps}, KL {kl:.4f}"),
+        progress=lambda step, loss: progress.stage(f"tuning, step {step} of {tuning.steps}, loss {loss:.4f}"),
     )
     return Tuned(loop.quantized(), {name: p.detach() for name, p in plain.items()}, loop.first, loop.best, loop.step)
 

@@ -14,6 +14,7 @@ from voroq.errors import VoroqError
 from voroq.pipeline import tune as pipeline_tune
 from voroq.pipeline.model import open_model
 from voroq.pipeline.progress import Silent
+from voroq.pipeline.run import check_memory_of
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tiny_models_test import save_tiny
 from voroq.pipeline.tiny_runs_test import QUICK, content, quick_run, tiny_source
@@ -117,7 +118,7 @@ class Stops(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("tuning", [SOME, replace(SOME, moves=0.1, move_rate=0.9)], ids=["tables", "codes"])
+@pytest.mark.parametrize("tuning", [SOME, replace(SOME, moves=0.1, move_rate=0.9, guide=1.0)], ids=["tables", "codes"])
 def test_an_interrupted_tuning_resumes_to_the_same_bytes(tuning, source, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHECK_EVERY", 2)
     monkeypatch.setattr(module, "MOVE_EVERY", 2)
@@ -163,6 +164,7 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
     made = {}
     changes = {"none": {}, "steps": {"steps": 3}, "batch": {"batch": 1}, "rate": {"rate": 0.002}, "norm_rate": {"norm_rate": 0.0}}
     changes |= {"samples": {"samples": 5}, "moves": {"moves": 0.1, "move_rate": 0.6}, "move_rate": {"moves": 0.1, "move_rate": 0.9}}
+    changes |= {"guide": {"guide": 1.0}}
     for name, change in changes.items():
         tuning = replace(SOME, **change)
         quick_run(source, tmp_path / name, QUICK["vptq"], tuning=tuning)
@@ -177,6 +179,7 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
     [
         *(({"steps": -1}, "steps"), ({"samples": 1}, "samples"), ({"batch": 0}, "batch"), ({"rate": 2.0}, "rate")),
         *(({"norm_rate": -1.0}, "norm_rate"), ({"moves": 2.0}, "moves"), ({"move_rate": 2.0}, "move_rate"), ({"precision": "x"}, "preci")),
+        ({"guide": -1.0}, "guide"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):
@@ -191,6 +194,17 @@ def test_a_model_without_a_head_cannot_be_tuned(tmp_path):
     with pytest.raises(VoroqError, match="no language model head"):
         quick_run(source, tmp_path / "out", tuning=SOME)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline_tune, "free_memory", lambda device: 100_000)
+    with pytest.raises(VoroqError, match=r"takes about .* GB of memory and 0.0 GB are free on cpu; .*--effort fast"):
+        quick_run(source, tmp_path / "out", tuning=SOME)
+    with pytest.raises(VoroqError, match="--effort fast"):
+        check_memory_of(source, device="cpu")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(pipeline_tune, "free_memory", lambda device: None)  # where the system does not say
+    check_memory_of(source, device="cpu")
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])

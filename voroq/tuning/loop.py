@@ -47,12 +47,15 @@ class Tuning:
     """fraction of the codes that may move at a time; 0 = codes stand still"""
     move_rate: float = 0.03
     """largest step of the weights behind the codes, relative to their root mean square"""
+    guide: float = 0.0
+    """weight of what the blocks' outputs say, beside the logits; for whole models"""
     precision: str = "auto"
     """float32, bfloat16 (matrix products only), or auto: bfloat16 where the hardware multiplies it"""
 
     def __post_init__(self) -> None:
         bounds = {"steps": (0, 1_000_000), "samples": (2, 1_000_000), "batch": (1, 65536)}
         bounds |= dict.fromkeys(("rate", "norm_rate", "moves", "move_rate"), (0, 1))
+        bounds["guide"] = (0, 1000)
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise VoroqError(f"tuning {name}={getattr(self, name):g} is out of range; give {low} to {high}")
@@ -81,6 +84,7 @@ class Loop:
     plain    other parameters that are
     loss     mean loss of some windows, given as indices; it is called with at most `at_once` of them
     windows  indices to train on, indices to choose by
+    guided   the loss to train on, where it is not the one to choose by
     """
 
     def __init__(
@@ -93,7 +97,9 @@ class Loop:
         *,
         at_once: int,
         seed: int,
+        guided: Callable[[Int[Tensor, "w"]], Tensor] | None = None,
     ) -> None:
+        self.guided = guided or loss
         self.sites, self.plain, self.loss, self.tuning, self.at_once, self.seed = sites, plain, loss, tuning, at_once, seed
         self.train, self.held = windows
         stored = {f"{name}.stored.{key}": p for name, site in sites.items() for key, p in site.stored.items()}
@@ -138,7 +144,7 @@ class Loop:
         self.adam.zero_grad(set_to_none=True)
         total = 0.0
         for part in rows.split(self.at_once):
-            loss = self.loss(part) * (part.shape[0] / rows.shape[0])
+            loss = self.guided(part) * (part.shape[0] / rows.shape[0])
             loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):

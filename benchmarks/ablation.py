@@ -27,9 +27,10 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "+ gradients at the outputs (two-sided)", SWEPT, Effort(), TWO
     yield "+ two rounds of two sweeps (fast)", FULL, Effort(), TWO
     yield "+ bits allocated", FULL, Effort(allocate=True), TWO
-    still = dataclasses.replace(EFFORTS["balanced"].tuning, moves=0.0)
-    yield "+ whole-model tuning, 100 steps", FULL, Effort(still, allocate=True), TWO
-    yield "+ code moves (balanced)", FULL, EFFORTS["balanced"], TWO
+    whole = EFFORTS["balanced"].tuning
+    yield "+ whole-model tuning", FULL, Effort(dataclasses.replace(whole, moves=0.0, guide=0.0), allocate=True), TWO
+    yield "+ code moves", FULL, Effort(dataclasses.replace(whole, guide=0.0), allocate=True), TWO
+    yield "+ guided by the blocks' outputs (balanced)", FULL, EFFORTS["balanced"], TWO
     yield "| fast, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
     yield "| fast, asymmetric", FULL, Effort(), {**TWO, "mode": "asymmetric"}
     yield "| fast, 1 % outlier columns, v2 k64", {**FULL, **OUTLIERS}, Effort(), TWO

@@ -28,9 +28,18 @@ def row(who: str, setting: str, bits: float, found: tuple[float, ...]) -> dict[s
     return {"row": who, "setting": setting, "bpw": bits, **texts, "gap": gap(found), "kl": None, "seconds": None}
 
 
-def measure(label: str, plan: Plan | Budget, effort: Effort, *, samples: int, windows: int, **options: Any) -> dict[str, Any]:
-    """The row of `plan` at `effort`, calibrated on `samples` windows of C4; seconds are those of planning, quantizing and tuning."""
-    text = {"calibration": "calibration-c4", "context": 256}
+def measure(
+    label: str,
+    plan: Plan | Budget,
+    effort: Effort,
+    *,
+    samples: int,
+    windows: int,
+    calibration: str = "calibration-c4",
+    **options: Any,
+) -> dict[str, Any]:
+    """The row of `plan` at `effort`, calibrated on `samples` windows; seconds are those of planning, quantizing and tuning."""
+    text = {"calibration": calibration, "context": 256}
     with tempfile.TemporaryDirectory() as folder:
         out, began = str(Path(folder) / "model"), time.perf_counter()
         if effort.allocates(plan):

@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="the settings whose name holds this")
     parser.add_argument("--effort", default="", choices=["", *EFFORTS], help="only the rows of this effort")
     parser.add_argument("--method", default="", choices=["", "vptq", "pvq", "gptq"], help="only the rows of this method")
+    parser.add_argument("--calibration", default="calibration-c4", metavar="TEXT", help="another text than the reference's")
     args = parser.parse_args()
     samples, windows = (32, 10) if args.quick else (512, 100)
     rows = []
@@ -52,8 +53,9 @@ def main() -> None:
             label = f"{method} --bits {bits}" if bits else f"{method}, the same"
             work = EFFORTS[effort]
             plan = make_plan(method, bits, work.completed(method, options))
-            rows.append(measure(f"{label} --effort {effort}", plan, work, samples=samples, windows=windows))
-    publish("bundled model, context 256, total bits per weight", rows, args, samples=samples, windows=windows)
+            label += f" --effort {effort}"
+            rows.append(measure(label, plan, work, samples=samples, windows=windows, calibration=args.calibration))
+    publish(f"bundled model, {args.calibration}, context 256, total bits per weight", rows, args, samples=samples, windows=windows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ The last two hold the original and the quantized model in memory at once, in flo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from voroq.pipeline.plan import Budget
 from voroq.tuning.loop import Tuning
@@ -31,8 +31,11 @@ class Effort:
         return self.allocate and isinstance(plan, Budget)
 
 
+_BALANCED = Tuning(steps=150, batch=4, rate=0.01, moves=0.02, move_rate=0.01, guide=1.0)
+_BEST = replace(_BALANCED, steps=1000, move_rate=0.0045)
+
 EFFORTS = {
     "fast": Effort(),
-    "balanced": Effort(Tuning(steps=100, rate=0.01, moves=0.02, move_rate=0.013), allocate=True),
-    "best": Effort(Tuning(steps=300, rate=0.01, moves=0.02, move_rate=0.008), {"vptq": {"rounds": "4"}}, allocate=True),
+    "balanced": Effort(_BALANCED, allocate=True),
+    "best": Effort(_BEST, {"vptq": {"rounds": "4"}}, allocate=True),
 }

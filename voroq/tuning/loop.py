@@ -23,7 +23,7 @@ from voroq.tuning.trainable import Trainable
 HELD_OUT = 32
 """Windows kept from training to choose by, at most an eighth of all."""
 CHECK_EVERY = 20
-"""Steps between looks at the held-out windows."""
+"""Steps between looks at the held-out windows, at least; there are twenty looks at most."""
 MOVE_EVERY = 4
 """Steps between moves of codes."""
 _WARM_UP = 10
@@ -125,7 +125,7 @@ class Loop:
         Raises VoroqError where the loss stops being finite.
         """
         while self.step < self.tuning.steps:
-            if self.step % CHECK_EVERY == 0:
+            if self.step % max(CHECK_EVERY, -(-self.tuning.steps // 20)) == 0:
                 self.look()
                 if checkpoint is not None:
                     checkpoint(self)

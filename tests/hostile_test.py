@@ -26,6 +26,12 @@ def test_damage_is_refused_in_one_line_that_names_it_or_loads_as_something_valid
     assert kinds["refused"] > kinds["loaded"] > 0, kinds
 
 
+@pytest.mark.parametrize("case", [3981, 6549, 13952, 14133, 17721])
+def test_what_the_long_run_once_found(case, bases, tmp_path):
+    found = hostile.outcome(bases[case % len(bases)], case, tmp_path)
+    assert found.kind != "failed", found.message
+
+
 def test_every_base_loads_unharmed_and_every_mutation_changes_something(bases, tmp_path):
     for base in bases:
         for name, data in base.items():

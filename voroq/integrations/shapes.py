@@ -1,6 +1,7 @@
 """The model behind a folder, on the meta device: for what config and files alone do not say."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def open_model_folder(path: str | Path) -> Folder:
 def linear_shapes(folder: Folder, names: list[str]) -> dict[str, tuple[int, int]]:
     """(out, in) of the linears that are called `names` on disk. Raises FormatError for one that the model does not have."""
     model, shapes = skeleton(folder), {}
-    renamed = names_in_model(model, [f"{name}.weight" for name in names])
+    renamed = _in_model(folder, model, [f"{name}.weight" for name in names])
     for name in names:
         module = linear_at(model, place_of(model, name, renamed[f"{name}.weight"].removesuffix(".weight")), {})
         if not isinstance(module, nn.Linear):
@@ -38,22 +39,26 @@ def linear_shapes(folder: Folder, names: list[str]) -> dict[str, tuple[int, int]
 
 def model_defects(folder: Folder) -> list[str]:
     """What transformers would find wrong when loading: linears that the model lacks, tensors that it misses. Nothing is read."""
+    infos = folder.tensors
     try:
         model = skeleton(folder)
+        if folder.specs is not None:
+            quantizer = VoroqQuantizer(VoroqConfig(**quantization_of(folder.config)))
+            quantizer._process_model_before_weight_loading(model, sorted({str(info.file) for info in infos.values()}))
+        there = set(_in_model(folder, model, infos).values())
     except VoroqError as error:
         return [str(error)]
-    infos = folder.tensors
-    if folder.specs is not None:
-        quantizer = VoroqQuantizer(VoroqConfig(**quantization_of(folder.config)))
-        try:
-            quantizer._process_model_before_weight_loading(model, sorted({str(info.file) for info in infos.values()}))
-        except FormatError as error:
-            return [str(error)]
-    there = set(names_in_model(model, infos).values())
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
     wanted = {name for name, _ in model.named_parameters()}  # of tied ones, the first
     missing = sorted(name for name in wanted - there if not any(pattern.search(name) for pattern in ignored))
     return [f"tensor {name} of the model is missing; re-download the model" for name in missing]
+
+
+def _in_model(folder: Folder, model: Any, names: Iterable[str]) -> dict[str, str]:
+    try:
+        return names_in_model(model, names)
+    except Exception as error:  # as below: a config that makes no sense
+        raise VoroqError(f"{folder.path / 'config.json'}: transformers cannot name the model's tensors: {first_line(error)}") from error
 
 
 def skeleton(folder: Folder) -> Any:

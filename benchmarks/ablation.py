@@ -36,6 +36,7 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "| fast, 1 % outlier columns, v2 k64", {**FULL, **OUTLIERS}, Effort(), TWO
     yield "| fast, two tables a matrix", {**FULL, "groups": "2"}, Effort(), TWO
     yield "| fast, columns normalised", {**FULL, "normalize": "std"}, Effort(), TWO
+    yield "| fast, best of four seedings", {**FULL, "restarts": "3"}, Effort(), TWO
     yield "| fast, columns in their own order", {**FULL, "permute": "false"}, Effort(), TWO
 
 

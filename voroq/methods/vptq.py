@@ -16,7 +16,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from voroq.codebook.base import Codebook
@@ -32,7 +32,7 @@ from voroq.packed.vptq_format import LEAST_ROW
 from voroq.quantized import Band, Quantized, Tile
 from voroq.rounding.feedback import Rounded
 from voroq.rounding.metric import Metric
-from voroq.shapes import Matrix, Square
+from voroq.shapes import Matrix, Square, Vectors
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
@@ -65,6 +65,8 @@ class VPTQ:
     """added to the Hessian's diagonal, relative to its mean"""
     kmeans_steps: int = 20
     """Lloyd iterations at most, per table"""
+    restarts: int = 0
+    """further seedings of every table, of which the best is kept"""
     rounds: int = 2
     """times the tables are refitted to the proxy loss and the matrix swept again"""
     sweeps: int = 2
@@ -76,7 +78,7 @@ class VPTQ:
         bounds = {
             "vector_length": (1, 64), "table_bits": (1, 16), "residual_bits": (0, self.table_bits), "groups": (1, 4096),
             "outlier_percent": (0, 50), "outlier_vector_length": (2, 64), "outlier_table_bits": (1, 16),
-            "kmeans_steps": (1, 1000), "rounds": (0, 100), "sweeps": (0, 100), "beam": (1, 65536),
+            "kmeans_steps": (1, 1000), "restarts": (0, 1000), "rounds": (0, 100), "sweeps": (0, 100), "beam": (1, 65536),
         }  # fmt: skip
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
@@ -161,7 +163,10 @@ class VPTQ:
 
     def _table(self, w: Matrix, metric: Metric, start: int, stop: int, tile: Tile, bits: int, rng: torch.Generator) -> Table:
         points = tile.cut(w[:, start:stop])
-        return Table(kmeans(points, metric.importance(start, stop, tile, w.shape[0]), 2**bits, rng, steps=self.kmeans_steps))
+        return self._trained(points, metric.importance(start, stop, tile, w.shape[0]), bits, rng)
+
+    def _trained(self, points: Vectors, importance: Float[Tensor, "n"], bits: int, rng: torch.Generator) -> Table:
+        return Table(kmeans(points, importance, 2**bits, rng, steps=self.kmeans_steps, restarts=self.restarts))
 
     def _with_residuals(self, done: Rounded, metric: Metric, rng: torch.Generator) -> list[Band]:
         """The same bands with a residual table trained on what the first sweep left of its targets."""
@@ -173,7 +178,7 @@ class VPTQ:
             if band.start >= outliers:
                 points = band.tile.cut(left)
                 importance = metric.importance(band.start, band.stop, band.tile, left.shape[0])
-                rest = Table(kmeans(points, importance, 2**self.residual_bits, rng, steps=self.kmeans_steps))
+                rest = self._trained(points, importance, self.residual_bits, rng)
                 book = Residual((book, rest), self.beam)
             out.append(replace(band, codebook=book))
         return out

@@ -34,13 +34,33 @@ def kmeans(
     rng: torch.Generator,
     *,
     steps: int = 25,
+    restarts: int = 0,
     start: Float[Tensor, "k dim"] | None = None,
 ) -> Float[Tensor, "k dim"]:
-    """Centroids [k dim] that lower sum_i importance_i * |point_i - nearest centroid|^2.
+    """Centroids [k dim] that lower sum_i importance_i * |point_i - nearest centroid|^2: the best of 1 + `restarts` seedings.
 
-    `rng` is a CPU generator; `start` replaces the seeding; stops early once the objective gains less than 1e-4 of itself.
+    `rng` is a CPU generator; `start` replaces the (first) seeding; stops early once the objective gains less than 1e-4 of itself.
     """
     importance = importance.clamp_min(0) / importance.mean().clamp_min(torch.finfo(importance.dtype).tiny)
+    best = _once(points, importance, k, rng, steps, start)
+    if restarts:
+        least = _objective(points, importance, best)
+    for _ in range(restarts):
+        found = _once(points, importance, k, rng, steps, None)
+        cost = _objective(points, importance, found)
+        if cost < least:
+            best, least = found, cost
+    return best
+
+
+def _objective(points: Vectors, importance: Float[Tensor, "n"], centroids: Float[Tensor, "k dim"]) -> float:
+    return float(((points - centroids[nearest(points, centroids)]).square().sum(1) * importance).double().sum())
+
+
+def _once(
+    points: Vectors, importance: Float[Tensor, "n"], k: int, rng: torch.Generator, steps: int, start: Float[Tensor, "k dim"] | None
+) -> Float[Tensor, "k dim"]:
+    """Lloyd's iterations from one seeding."""
     centroids = seed(points, importance, k, rng) if start is None else start.clone()
     if points.shape[0] > 2 * TRAINING_SAMPLE * k:
         chosen = torch.randperm(points.shape[0], generator=rng)[: TRAINING_SAMPLE * k].to(points.device)

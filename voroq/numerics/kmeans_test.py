@@ -33,6 +33,15 @@ def test_objective_is_not_worse_than_scikit_learn():
     assert ours <= 1.01 * objective(points, importance, torch.from_numpy(theirs.cluster_centers_))
 
 
+def test_restarts_keep_the_best_of_seedings_drawn_one_after_the_other():
+    points, importance = torch.randn(300, 2, generator=rng()), torch.rand(300, generator=rng(1)) + 0.1
+    one_by_one = rng(2)
+    found = [kmeans(points, importance, 8, one_by_one, steps=5) for _ in range(6)]
+    costs = [objective(points, importance, centroids) for centroids in found]
+    best = min(range(6), key=costs.__getitem__)
+    assert best > 0 and torch.equal(kmeans(points, importance, 8, rng(2), steps=5, restarts=5), found[best])
+
+
 def test_lloyd_from_the_same_start_is_scikit_learns():
     points, importance = torch.randn(500, 3, generator=rng()), torch.rand(500, generator=rng(1)) + 0.1
     start = points[:16].clone()

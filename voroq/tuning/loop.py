@@ -22,7 +22,7 @@ from voroq.tuning.trainable import Trainable
 
 HELD_OUT = 32
 """Windows kept from training to choose by, at most an eighth of all."""
-CHECK_EVERY = 20
+CHECK_EVERY = 30
 """Steps between looks at the held-out windows, at least; there are twenty looks at most."""
 MOVE_EVERY = 4
 """Steps between moves of codes."""

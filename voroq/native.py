@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ABI = 5
+ABI = 6
 """Of the interface; a library built from other sources is not used."""
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 
@@ -54,6 +54,12 @@ class Union(ctypes.Structure):
     """Pyramids with a scale each."""
 
     _fields_ = (("dim", c_int32), ("levels", c_int32), ("pulses", ctypes.POINTER(c_int32)), ("scales", c_void_p))
+
+
+class Sides(ctypes.Structure):
+    """What an error in one row of tiles costs."""
+
+    _fields_ = (("metric", c_void_p), ("inverse", c_void_p), ("columns", c_int64))
 
 
 class Failed(RuntimeError):
@@ -128,13 +134,21 @@ def pyramid(dim: int, pulses: tuple[int, ...], bits: int, gains: int = 0) -> Pyr
     return Pyramid(dim, pulses, bits, gains)
 
 
+def union(dim: int, pulses: tuple[int, ...], scales: Float[Tensor, "levels"]) -> Union:
+    """The words scales[j] * y, y of pulses[j] pulses."""
+    held = scales.detach().contiguous()
+    words = Union(dim, len(pulses), (c_int32 * len(pulses))(*pulses), held.data_ptr())
+    words.held = held  # the tensor lives as long as what points to it
+    return words
+
+
 def project(
     v: Float[Tensor, "n dim"], pulses: tuple[int, ...], scales: Float[Tensor, "levels"], isa: int = -1
 ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n dim"]]:
     """Level and point y, of pulses[level] pulses, of the word scales[level] * y nearest to each of `v`; level len(pulses) is zero."""
-    v, scales = v.detach().contiguous(), scales.detach().contiguous()
+    v = v.detach().contiguous()
     level, y = torch.empty(v.shape[0], dtype=torch.int64), torch.empty_like(v)
-    words = Union(v.shape[1], len(pulses), (c_int32 * len(pulses))(*pulses), scales.data_ptr())
+    words = union(v.shape[1], pulses, scales)
     call("voroq_project", words, v.data_ptr(), v.shape[0], level.data_ptr(), y.data_ptr(), torch.get_num_threads(), isa)
     return level, y
 
@@ -179,4 +193,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.voroq_pyramid_new.argtypes = (c_int32, ctypes.POINTER(c_int32), c_int32, c_int32, c_int32)
     found.voroq_pyramid_free.restype, found.voroq_pyramid_free.argtypes = None, (c_void_p,)
     found.voroq_project.argtypes = (ctypes.POINTER(Union), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32)
+    union, sides = ctypes.POINTER(Union), ctypes.POINTER(Sides)
+    found.voroq_feedback_pulses.argtypes = (union, sides, *[c_void_p] * 4, c_int32)
+    found.voroq_descend_pulses.argtypes = (union, sides, *[c_void_p] * 4, ctypes.POINTER(c_int64), c_int32)
     return found, None

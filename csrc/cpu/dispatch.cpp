@@ -335,14 +335,31 @@ int32_t run_nearest(const Index& index, const float* v, int64_t n, int64_t* best
     return 0;
 }
 
+bool known(const Union& words) { return (words.dim == 8 || words.dim == 16) && words.levels >= 1 && words.levels <= 64; }
+
 int32_t run_project(const Union& words, const float* v, int64_t n, int64_t* level, float* y, int threads, int32_t wanted) {
     const Isa* isa = choose(wanted);
-    if (!isa || (words.dim != 8 && words.dim != 16) || words.levels < 1 || words.levels > 64) return 1;
+    if (!isa || !known(words)) return 1;
     const int64_t step = 64;
     parallel((n + step - 1) / step, threads, [&](int64_t i) {
         const int64_t at = i * step;
         isa->kernels->project(words, v + at * words.dim, std::min(step, n - at), level + at, y + at * words.dim);
     });
+    return 0;
+}
+
+int32_t run_feedback(const Union& words, const Sides& sides, const float* u, float* rest, int16_t* codes, float* errors, int32_t wanted) {
+    const Isa* isa = choose(wanted);
+    if (!isa || !known(words)) return 1;
+    isa->kernels->feedback(words, sides, u, rest, codes, errors);
+    return 0;
+}
+
+int32_t run_descend(
+    const Union& words, const Sides& sides, const float* h, float* pull, float* error, int16_t* codes, int64_t* moves, int32_t wanted) {
+    const Isa* isa = choose(wanted);
+    if (!isa || !known(words)) return 1;
+    *moves += isa->kernels->descend(words, sides, h, pull, error, codes);
     return 0;
 }
 
@@ -389,4 +406,11 @@ void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int3
 void voroq_pyramid_free(void* pyramid) { delete static_cast<voroq::OwnedPyramid*>(static_cast<voroq::Pyramid*>(pyramid)); }
 int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa) {
     return voroq::guarded([&] { return voroq::run_project(*words, v, n, level, y, threads, isa); });
+}
+int32_t voroq_feedback_pulses(const Union* words, const Sides* sides, const float* u, float* rest, int16_t* codes, float* errors, int32_t isa) {
+    return voroq::guarded([&] { return voroq::run_feedback(*words, *sides, u, rest, codes, errors, isa); });
+}
+int32_t voroq_descend_pulses(
+    const Union* words, const Sides* sides, const float* h, float* pull, float* error, int16_t* codes, int64_t* moves, int32_t isa) {
+    return voroq::guarded([&] { return voroq::run_descend(*words, *sides, h, pull, error, codes, moves, isa); });
 }

@@ -66,6 +66,9 @@ struct Kernels {
     void (*nearest)(const Index& index, const float* v, int64_t n, int64_t* best);
     // The nearest of the words scales[level] * y.
     void (*project)(const Union& words, const float* v, int64_t n, int64_t* level, float* y);
+    // One row of tiles of such words, in a metric of two sides.
+    void (*feedback)(const Union& words, const Sides& sides, const float* u, float* rest, int16_t* codes, float* errors);
+    int32_t (*descend)(const Union& words, const Sides& sides, const float* h, float* pull, float* error, int16_t* codes);
 };
 
 extern const Kernels portable;

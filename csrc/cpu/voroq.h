@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#define VOROQ_ABI 5
+#define VOROQ_ABI 6
 
 enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
 enum Kind : int32_t { TABLE = 0, GRID = 1, PYRAMID = 2 };
@@ -61,6 +61,13 @@ struct Union {
     const float* scales;
 };
 
+// What an error in one row of tiles costs: the metric of its rows [v, v] and its inverse, and how many columns there are.
+struct Sides {
+    const float* metric;
+    const float* inverse;
+    int64_t columns;
+};
+
 #pragma GCC visibility push(default)
 extern "C" {
 int32_t voroq_abi();
@@ -92,5 +99,9 @@ void voroq_pyramid_free(void* pyramid);
 // y[i] is the point and level[i] the level, `levels` for the zero vector, of the word scales[level] * y nearest to v_i, for v and y [n, dim];
 // y on level j has pulses[j] pulses. `dim` is 8 or 16.
 int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa);
+// `voroq_feedback_tile` and `voroq_descend_tile` for such words; codes are the level and the entries of y, raised by the most pulses.
+int32_t voroq_feedback_pulses(const Union* words, const Sides* sides, const float* u, float* rest, int16_t* codes, float* errors, int32_t isa);
+int32_t voroq_descend_pulses(
+    const Union* words, const Sides* sides, const float* h, float* pull, float* error, int16_t* codes, int64_t* moves, int32_t isa);
 }
 #pragma GCC visibility pop

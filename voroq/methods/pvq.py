@@ -28,13 +28,13 @@ from voroq.moments import Moments
 from voroq.numerics.bits import words_for
 from voroq.numerics.linalg import damped
 from voroq.quantized import Band, Quantized, Tile
-from voroq.rounding.descent import descend
 from voroq.rounding.feedback import feedback
+from voroq.rounding.metric import Metric, outputs_metric
 from voroq.shapes import Matrix, Square, Vectors
 from voroq.transform.chain import Chain
 from voroq.transform.hadamard import Hadamard
 from voroq.transform.permute import Permute
-from voroq.tuning.scales import refit_levels, refit_rows
+from voroq.tuning.scales import Outputs, refit_levels, refit_rows
 
 SAMPLE = 1 << 15
 """Vectors on which the levels are fitted before the first sweep."""
@@ -79,6 +79,11 @@ class PVQ:
         check_damping(self.damping)
 
     @property
+    def two_sided(self) -> bool:
+        """Whether gradients at the outputs are used: vectors down the output weigh errors by them, the paper's form does not."""
+        return self.along == "output" and self.gains == "levels"
+
+    @property
     def width(self) -> int:
         """Bits per vector."""
         return round(self.bits * self.dim)
@@ -88,21 +93,25 @@ class PVQ:
         if moments.count == 0:
             return self._without_data(w, Chain(tuple(steps)))
         h, notes = damped(moments.hessian(), self.damping)
-        h = Chain(tuple(steps)).hessian(h)
+        h, g = Chain(tuple(steps)).hessian(h), None
+        if self.two_sided and moments.outputs is not None:
+            g, more = outputs_metric(moments.outputs, self.damping)
+            g, notes = (steps[0].outputs(g) if steps else g), notes + more
         if self.along == "output":
             order = Permute(activation_order(h))  # absorbed again: any order of columns costs nothing
             steps, h = [*steps, order], order.hessian(h)
         transform = Chain(tuple(steps))
-        band, codes = _numbered(*self._sweeps(transform.weight(w), h), self.width)
+        band, codes = _numbered(*self._sweeps(transform.weight(w), Metric(h, g)), self.width)
         out = Quantized((w.shape[0], w.shape[1]), transform, (band,), (codes,), notes)
         return absorb(out) if self.along == "output" else out
 
-    def _sweeps(self, w: Matrix, h: Square) -> Coded:
-        done = feedback(w, h, [self._fit(w)], metric=self.along == "input")
-        band, codes = _refitted(w, h, done.bands[0], done.codes[0])
+    def _sweeps(self, w: Matrix, metric: Metric) -> Coded:
+        bands = [self._fit(w)]
+        done = metric.feedback(w, bands) if self.along == "output" else feedback(w, metric.h, bands, metric=True)
+        band, codes = _refitted(w, metric.h, done.bands[0], done.codes[0], g=metric.g)
         if self.sweeps:
-            done = descend(w, h, (band,), (codes,), sweeps=self.sweeps)
-            band, codes = _refitted(w, h, done.bands[0], done.codes[0])
+            done = metric.descend(w, (band,), (codes,), sweeps=self.sweeps)
+            band, codes = _refitted(w, metric.h, done.bands[0], done.codes[0], g=metric.g)
         return band, codes
 
     def _without_data(self, w: Matrix, transform: Chain) -> Quantized:
@@ -162,10 +171,11 @@ def nearest_by_rows(w: Matrix, band: Band) -> Int[Tensor, "rows cols s"]:
     return torch.cat(parts)
 
 
-def _refitted(w: Matrix, h: Square | None, band: Band, codes: Int[Tensor, "rows cols s"]) -> Coded:
+def _refitted(w: Matrix, h: Square | None, band: Band, codes: Int[Tensor, "rows cols s"], g: Outputs = None) -> Coded:
     """`band` with the row scales, and then the levels, that suit its codes best; the paper's gains stay what theory says."""
     if isinstance(band.codebook, Pulses):
-        band = refit_levels(w, h, refit_rows(w, h, band, codes), codes)
+        band = refit_rows(w, h, band, codes, g=g)
+        band = refit_levels(w, h, band, codes, g=g)
     return band, codes
 
 

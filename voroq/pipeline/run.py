@@ -23,7 +23,7 @@ from torch import nn
 
 import voroq
 from voroq.errors import VoroqError
-from voroq.methods import ONE_SIDED, Method
+from voroq.methods import Method, is_one_sided
 from voroq.moments import Moments
 from voroq.numerics.linalg import answering
 from voroq.packed.base import Packed, Spec
@@ -146,7 +146,7 @@ def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | Non
 
 def _is_two_sided(model: OpenModel, hessian: str, methods: Sequence[Method]) -> bool:
     head = model.skeleton.get_output_embeddings() is not None
-    return head and hessian != "input" and not all(isinstance(method, ONE_SIDED) for method in methods)
+    return head and hessian != "input" and not all(map(is_one_sided, methods))
 
 
 @dataclass(frozen=True)

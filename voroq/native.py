@@ -20,7 +20,7 @@ ABI = 6
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 
 REALS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-TABLE, GRID, PYRAMID = 0, 1, 2
+TABLE, GRID, PYRAMID, PULSES = 0, 1, 2, 3
 
 
 class Band(ctypes.Structure):

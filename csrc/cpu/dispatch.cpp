@@ -139,9 +139,9 @@ Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool wid
     Ready r{band, nullptr, nullptr, nullptr, nullptr, 0, F32};
     if (band.kind == GRID) return r;
     const int64_t size = int64_t(band.rows) * band.cols, entries = int64_t(1) << band.bits;
-    if (band.kind == PYRAMID) {
-        const auto& pyramid = *static_cast<const Pyramid*>(band.pyramid);
-        const int64_t scales = pyramid.gains ? pyramid.gains : pyramid.levels;
+    if (band.kind == PYRAMID || band.kind == PULSES) {
+        const auto* pyramid = static_cast<const Pyramid*>(band.pyramid);
+        const int64_t scales = !pyramid ? band.bits : pyramid->gains ? pyramid->gains : pyramid->levels;
         float* to = scratch.take(scales + 1);
         kernels.widen(band.table, band.real, scales, to);
         to[scales] = 0;
@@ -168,6 +168,7 @@ bool can(const Band& band) {
         const auto& pyramid = *static_cast<const Pyramid*>(band.pyramid);
         return size == pyramid.dim && band.width <= 64 && band.width == pyramid.bits + (pyramid.gains ? __builtin_ctz(unsigned(pyramid.gains)) : 0);
     }
+    if (band.kind == PULSES) return (size == 8 || size == 16) && band.width <= 32 && band.residual && (band.residual_bits == 4 || band.residual_bits == 8);
     if (band.kind == GRID) return size == 1 && band.bits <= 8 && band.width == band.bits;
     return size <= 16 && band.width <= 32 && band.bits + band.residual_bits <= band.width;
 }

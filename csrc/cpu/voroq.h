@@ -6,7 +6,7 @@
 #define VOROQ_ABI 6
 
 enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
-enum Kind : int32_t { TABLE = 0, GRID = 1, PYRAMID = 2 };
+enum Kind : int32_t { TABLE = 0, GRID = 1, PYRAMID = 2, PULSES = 3 };
 
 // Consecutive columns in one codebook: `along` codes a row of tiles, each of `rows` x `cols` weights.
 struct Band {
@@ -16,13 +16,13 @@ struct Band {
     int64_t along;           // codes per row of tiles
     int64_t column;          // first column, in stored order
     const void* table;       // [2**bits, rows * cols]; of pyramids the scale of every level, or the gains
-    const void* residual;    // [2**residual_bits, rows * cols] or null
+    const void* residual;    // [2**residual_bits, rows * cols] or null; of pulses the entries [tile rows, along, rows * cols] in residual_bits each
     const void* scale;       // per row of tiles, or null
     const uint32_t* zeros;   // bit stream of a zero point per row of tiles, or null
     const void* pyramid;     // from voroq_pyramid_new; null for other kinds
     int32_t rows, cols;      // of a tile; one of them is 1
     int32_t width;           // bits of a code: the word's number, the residual's or the gain's above it; 64 for pyramids, 32 else, at most
-    int32_t bits, residual_bits;
+    int32_t bits, residual_bits;  // of pulses: `bits` is how many levels there are, a code the level; 4 or 8 bits an entry
     int32_t kind;            // Kind
     int32_t real;            // Real, of table, residual and scale
 };

@@ -11,7 +11,7 @@ import torch
 from voroq import native
 from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
-from voroq.codebook.pyramid import Pyramids
+from voroq.codebook.pyramid import Pulses, Pyramids
 from voroq.errors import VoroqError
 from voroq.kernels import KERNELS, cpu, described, key_of, matmul, pick, reference
 from voroq.layer import QuantLinear
@@ -110,6 +110,22 @@ def pyramid_linear(dim: int, book, *, along: bool, steps: tuple[str, ...] = ()) 
 def test_pyramids(isa, dim, pulses, spare, along, steps):
     book = random_pyramids(dim, pulses, spare, torch.Generator().manual_seed(spare))
     assert_agrees(pyramid_linear(dim, book, along=along, steps=steps), "voroq", torch.float32, torch.float32)
+
+
+@needs_library
+@pytest.mark.parametrize("along", [False, True])
+@pytest.mark.parametrize(("dim", "pulses"), [(8, (3, 7)), (8, (6, 90, 8)), (16, (2, 5)), (16, (12, 8, 127))], ids=str)
+def test_pulses(isa, dim, pulses, along):
+    """Integers of 4 bits and of 8; levels of every number, also of those that name the zero vector."""
+    rng = torch.Generator().manual_seed(dim)
+    q, most = pyramid_linear(dim, Pulses(dim, pulses, torch.rand(len(pulses)) + 0.1), along=along, steps=("permute",)), max(pulses)
+    entry = 4 if most < 8 else 8
+    codes = [torch.cat([c[..., :1], torch.randint(max(-most, -(1 << entry - 1)), min(most, (1 << entry - 1) - 1) + 1, c[..., 1:].shape,
+                        generator=rng) + most], -1) for c in q.codes]  # fmt: skip
+    q = replace(q, codes=tuple(codes))
+    assert_agrees(q, "voroq", torch.float32, torch.float32)
+    packed = pack(q, torch.float16, "voroq")
+    assert torch.equal(cpu.weight(packed, torch.float32), reference.weight(packed, torch.float32))
 
 
 def gain_shape_linear(dim: int, pulses: int, gains: int, *, along: bool) -> Quantized:

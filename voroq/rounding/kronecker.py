@@ -74,9 +74,7 @@ def feedback(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[
     return _result(w, h, g[:out, :out], bands, codes, targets[:out])
 
 
-def descend(
-    w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int
-) -> Rounded:
+def descend(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int) -> Rounded:
     """`codes` after at most `sweeps` sweeps over all tiles, each rounded again given all the others; fewer where a sweep moves nothing.
 
     A code moves only where that lowers tr(G E H E^T), so the loss never rises. `targets` are the weights themselves.
@@ -246,8 +244,6 @@ def _padded(w: Matrix, g: Float[Tensor, "out out"], rows: int) -> tuple[Float[Te
     return torch.nn.functional.pad(w, (0, 0, 0, rows - out)).clone(), weights
 
 
-def _result(
-    w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], targets: Matrix
-) -> Rounded:
+def _result(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], targets: Matrix) -> Rounded:
     made = torch.cat([band.decode(part, w.shape[0]) for band, part in zip(bands, codes, strict=True)], dim=1)
     return Rounded(tuple(bands), tuple(codes), kronecker_loss(w - made, h, g), targets)

@@ -1,6 +1,6 @@
 """What an error costs, and the steps that lower it: one matrix for the inputs, and where it is known one for the outputs.
 
-    loss = tr(G E H E^T)          G = None is the identity: rows are independent
+loss = tr(G E H E^T)          G = None is the identity: rows are independent
 """
 
 from collections.abc import Sequence

@@ -114,11 +114,9 @@ class Index:
 class Pyramid:
     """What numbers of pyramids are decoded with, made once for a shape and kept: `pyramid`."""
 
-    def __init__(self, dim: int, pulses: tuple[int, ...], bits: int, gains: int) -> None:
-        self.handle = library().voroq_pyramid_new(dim, (c_int32 * len(pulses))(*pulses), len(pulses), bits, gains)
-        if not self.handle:
-            raise MemoryError(f"no memory for pyramids of dimension {dim} with {pulses} pulses")
-        weakref.finalize(self, library().voroq_pyramid_free, self.handle)
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        weakref.finalize(self, library().voroq_pyramid_free, handle)
 
 
 PYRAMID_DIMS = (8, 16)
@@ -127,11 +125,15 @@ MOST_LEVELS = 64
 
 
 @lru_cache(maxsize=256)
-def pyramid(dim: int, pulses: tuple[int, ...], bits: int, gains: int = 0) -> Pyramid | None:
-    """The pyramids of a union, under one number of `bits` bits, or one pyramid with `gains`; None where the library lacks them."""
+def pyramid(dim: int, pulses: tuple[int, ...], bits: int, gains: int = 0, *, classes: bool = False) -> Pyramid | None:
+    """The pyramids of a union, under one number of `bits` bits in the split order or that of `classes`, or one pyramid with `gains`; None
+    where the library lacks them (the class order needs a table of all patterns, at most a million)."""
     if library() is None or dim not in PYRAMID_DIMS or max(pulses) > MOST_PULSES:
         return None
-    return Pyramid(dim, pulses, bits, gains)
+    handle = library().voroq_pyramid_new(dim, (c_int32 * len(pulses))(*pulses), len(pulses), bits, gains, classes)
+    if not handle and not classes:
+        raise MemoryError(f"no memory for pyramids of dimension {dim} with {pulses} pulses")
+    return Pyramid(handle) if handle else None
 
 
 def union(dim: int, pulses: tuple[int, ...], scales: Float[Tensor, "levels"]) -> Union:
@@ -190,7 +192,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.voroq_feedback_tile.argtypes = (ctypes.POINTER(Tables), c_void_p, c_void_p, c_int64, *[c_void_p] * 3)
     found.voroq_descend_tile.argtypes = (ctypes.POINTER(Tables), *[c_void_p] * 3, c_int64, *[c_void_p] * 3, ctypes.POINTER(c_int64))
     found.voroq_pyramid_new.restype = c_void_p
-    found.voroq_pyramid_new.argtypes = (c_int32, ctypes.POINTER(c_int32), c_int32, c_int32, c_int32)
+    found.voroq_pyramid_new.argtypes = (c_int32, ctypes.POINTER(c_int32), *[c_int32] * 4)
     found.voroq_pyramid_free.restype, found.voroq_pyramid_free.argtypes = None, (c_void_p,)
     found.voroq_project.argtypes = (ctypes.POINTER(Union), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32)
     union, sides = ctypes.POINTER(Union), ctypes.POINTER(Sides)

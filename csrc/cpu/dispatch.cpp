@@ -27,9 +27,10 @@ std::vector<Isa> found() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
         list.push_back({"avx512", &avx512});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) list.push_back({"avx2", &avx2});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
+        list.push_back({"avx2", &avx2});
 #endif
     list.push_back({"portable", &portable});
     return list;
@@ -397,9 +398,10 @@ void* voroq_index_new(const float* table, int64_t k, int32_t dim) {
     }
 }
 void voroq_index_free(void* index) { delete static_cast<voroq::OwnedIndex*>(index); }
-void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains) {
+void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains, int32_t classes) {
     try {
-        return levels < 1 || levels > 64 ? nullptr : static_cast<voroq::Pyramid*>(new voroq::OwnedPyramid(dim, pulses, levels, bits, gains));
+        if (levels < 1 || levels > 64) return nullptr;
+        return static_cast<voroq::Pyramid*>(new voroq::OwnedPyramid(dim, pulses, levels, bits, gains, classes != 0));
     } catch (...) {
         return nullptr;
     }

@@ -47,6 +47,13 @@ struct Guide {
     int shift;
 };
 
+// Numbers [first, last] of the class order are patterns of z nonzero magnitudes, z bits of signs below each.
+struct Class {
+    uint64_t last, first;
+    uint32_t patterns;
+    uint16_t level, z;
+};
+
 // Unions of pyramids, or one pyramid with gains, as numbers are turned into vectors: halved until a table has them.
 struct Pyramid {
     int dim, levels, bits, gains;
@@ -55,6 +62,10 @@ struct Pyramid {
     int most;                     // up to this many pulses a vector of 4 is in `table`, those with the same sum from `first` on
     const int8_t* table;
     const uint32_t* first;
+    const Class* classes;         // null in the split order; else the class of number i is not before guide[i >> shift]
+    const uint16_t* guide;
+    int shift;
+    const uint64_t* patterns;     // eight magnitudes, a byte each
 };
 
 struct Kernels {

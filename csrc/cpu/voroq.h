@@ -93,8 +93,9 @@ int32_t voroq_descend_tile(
     const VoroqTables* tables, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error,
     int64_t* codes, int64_t* moves);
 // Pyramids of `dim` 8 or 16 and up to 127 pulses, `levels` of them under one number of `bits` bits. With `gains` above 0 there is one level,
-// and that many gains, a power of two, are named by the bits above the number's. Null for what this library lacks. Free it once.
-void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains);
+// and that many gains, a power of two, are named by the bits above the number's. `classes`: the class order, not the split order. Null for
+// what this library lacks. Free it once.
+void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains, int32_t classes);
 void voroq_pyramid_free(void* pyramid);
 // y[i] is the point and level[i] the level, `levels` for the zero vector, of the word scales[level] * y nearest to v_i, for v and y [n, dim];
 // y on level j has pulses[j] pulses. `dim` is 8 or 16.

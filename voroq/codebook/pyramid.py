@@ -1,9 +1,9 @@
 """A union of pyramids: words are scale[j] * y, with y any integer vector whose magnitudes sum to pulses[j]. No table of words exists.
 
-All points of all levels are numbered through, level after level in the split order, and one integer of whole bits names a word. The
-numbers that are left over all name the zero vector. With one scale per level instead of a unit direction and a gain, the nearest point
-of a level is an exact projection, and the nearest word the best of them. (van der Ouderaa et al. 2024, arXiv 2410.16926, have one level
-of pulses and separate gains: `GainShape`. Letting the pulses differ by level wastes no fraction of a bit.)
+All points of all levels are numbered through, level after level in the split or the class order, and one integer of whole bits names a
+word. The numbers that are left over all name the zero vector. With one scale per level instead of a unit direction and a gain, the
+nearest point of a level is an exact projection, and the nearest word the best of them. (van der Ouderaa et al. 2024, arXiv 2410.16926,
+have one level of pulses and separate gains: `GainShape`. Letting the pulses differ by level wastes no fraction of a bit.)
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,12 +16,18 @@ from torch import Tensor
 
 from voroq import native
 from voroq.numerics.bits import merge_streams, split_streams
+from voroq.numerics.class_code import LONGEST, class_index_of, class_vector_of
 from voroq.numerics.nearest import is_native
 from voroq.numerics.pyramid import count, index_of, project, vector_of
 from voroq.shapes import Codes, Vectors
 
 STREAM = 32
 """Bits of a stream; longer numbers are split, low bits first."""
+
+
+ORDERS = {"split-v1": (index_of, vector_of), "class-v1": (class_index_of, class_vector_of)}
+"""How the points of a pyramid are numbered, and back, by the name in files. The class order has vectors of up to eight entries."""
+SPLIT = "split-v1"
 
 
 def stream_widths(bits: int) -> tuple[int, ...]:
@@ -179,6 +185,8 @@ class Pyramids:
     scales: Float[Tensor, "levels"]
     bits: int = field(default=0)
     """Width of a number; the least that leaves a number for zero unless given."""
+    order: str = SPLIT
+    """A key of `ORDERS`."""
 
     exact = True
 
@@ -190,6 +198,8 @@ class Pyramids:
                 f"pyramids of dimension {self.dim} with {self.pulses} pulses have {sum(points)} points, which with zero do not fit into "
                 f"{bits} bits (64 at most, and 63 for one pyramid)"
             )
+        if self.order not in ORDERS or (self.order != SPLIT and self.dim > LONGEST):
+            raise ValueError(f"vectors of {self.dim} weights have no order {self.order!r}; the class order takes up to {LONGEST}")
         object.__setattr__(self, "bits", bits)
 
     @property
@@ -210,7 +220,7 @@ class Pyramids:
     def number(self, spelled: Int[Tensor, "n t"]) -> Codes:
         """Codes of `Pulses` as numbers, cut into streams."""
         level, y = self.spelled.split(spelled)
-        return split_streams(index_of(y) + self._starts(level.device)[level], self.widths)  # the zero vector's index is 0
+        return split_streams(ORDERS[self.order][0](y) + self._starts(level.device)[level], self.widths)  # the zero vector's index is 0
 
     def spell(self, codes: Codes) -> Int[Tensor, "n t"]:
         """Inverse of `number`."""
@@ -219,7 +229,7 @@ class Pyramids:
         # numbers are unsigned: turning the highest bit makes signed comparison order them
         level = torch.searchsorted(starts ^ -(1 << 63), index ^ -(1 << 63), right=True) - 1
         pulses = torch.tensor([*self.pulses, 0], device=index.device)[level]
-        return self.spelled.join(level, vector_of(torch.where(pulses > 0, index - starts[level], 0), pulses, self.dim))
+        return self.spelled.join(level, ORDERS[self.order][1](torch.where(pulses > 0, index - starts[level], 0), pulses, self.dim))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"scales": self.scales}

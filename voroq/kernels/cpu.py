@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from voroq import native
+from voroq.codebook.pyramid import SPLIT
 from voroq.native import REALS, Band, Product
 from voroq.packed.base import Packed, Spec, from_int16
 from voroq.packed.codebooks import Form, GainShapeForm, GridForm, PulsesForm, PyramidsForm, ResidualForm, TableForm
@@ -224,7 +225,7 @@ KINDS = {GridForm: native.GRID, PyramidsForm: native.PYRAMID, GainShapeForm: nat
 def _pyramid(form: Form) -> native.Pyramid | None:
     """The library's pyramids of a form; None where it has none, or the form is another."""
     if isinstance(form, PyramidsForm):
-        return native.pyramid(form.dim, form.pulses, form.bits)
+        return native.pyramid(form.dim, form.pulses, form.bits, classes=form.order != SPLIT)
     if isinstance(form, GainShapeForm):
         return native.pyramid(form.dim, (form.pulses,), sum(form.widths[:-1]), form.gains)
     return None

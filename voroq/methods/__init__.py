@@ -14,4 +14,9 @@ def is_one_sided(method: Method) -> bool:
     return isinstance(method, GPTQ | RTN) or (isinstance(method, PVQ) and not method.two_sided)
 
 
-__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_one_sided"]
+def is_slow_two_sided(method: Method) -> bool:
+    """Whether looking at them takes `method` hours a matrix without the library of CPU kernels, which searches pyramids in a metric."""
+    return isinstance(method, PVQ) and method.two_sided
+
+
+__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_one_sided", "is_slow_two_sided"]

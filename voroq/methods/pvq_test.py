@@ -23,6 +23,7 @@ SETTINGS = [
     PVQ(bits=4.0, dim=16, rotation="both"),
     PVQ(bits=2.375, dim=8, along="input", rotation="both"),
     PVQ(bits=3.0, dim=8, rotation="none", sweeps=0),
+    PVQ(bits=2.5, dim=8, order="class"),
     PVQ(bits=2.0, dim=16, gains="paper"),
     PVQ(bits=3.5, dim=16, gains="paper", along="input"),
 ]
@@ -137,6 +138,8 @@ def test_columns_are_taken_in_any_order_at_no_cost():
         (dict(along="rows"), "along='rows' is unknown; choose output, input"),
         (dict(rotation="left"), "rotation='left' is unknown"),
         (dict(gains="beta"), "gains='beta' is unknown"),
+        (dict(order="class"), "order='class' is not there for dim=16 with gains=levels; use split, or class for dim=8"),
+        (dict(order="cwrs"), "order='cwrs' is not there"),
         (dict(sweeps=-1), "sweeps=-1 is out of range"),
         (dict(damping=2.0), "damping=2 is out of range"),
     ],
@@ -144,6 +147,14 @@ def test_columns_are_taken_in_any_order_at_no_cost():
 def test_values_out_of_range_are_named(options: dict, message: str):
     with pytest.raises(VoroqError, match=message):
         PVQ(**options)
+
+
+def test_the_order_of_the_numbers_changes_the_codes_and_not_the_weights():
+    w, h = spectrum(1.0, 64)
+    moments = Moments(h.float(), torch.zeros(64), 1)
+    split, classes = (PVQ(bits=2.0, dim=8, order=order)(w.float(), moments, rng()) for order in ("split", "class"))
+    assert torch.equal(split.dequantize(), classes.dequantize()) and not torch.equal(split.codes[0], classes.codes[0])
+    assert [q.bands[0].codebook.order for q in (split, classes)] == ["split-v1", "class-v1"]
 
 
 def test_vectors_along_the_input_need_columns_that_divide():

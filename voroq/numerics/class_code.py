@@ -8,7 +8,8 @@ A(n, s, z) = C(n, z) C(s-1, z-1) ways to put s pulses on z of n entries,
 
     rank(a) = sum_i sum_{v < a_i} A(d-1-i, s_i - v, z_i - [v > 0])          s_i pulses and z_i nonzero entries from i on
 
-(Bits of signs next to a number that a table can hold make decoding one look-up; `numerics/pyramid.py` has the order of files.)
+A table of all patterns makes decoding one look-up and a spreading of sign bits, which is what it is for: up to some ten pulses it is faster
+than the split order (`numerics/pyramid.py`), the default.
 """
 
 from functools import lru_cache
@@ -19,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 LONGEST = 8
-"""Entries of a vector; tables grow with them, and the split order is as fast."""
+"""Entries of a vector; tables grow with them."""
 
 
 def ways(entries: int, pulses: int, nonzero: int) -> int:
@@ -73,18 +74,18 @@ def _dim(dim: int) -> int:
 def _below(dim: int, most: int, device: torch.device) -> Int[Tensor, "d s z v"]:
     """below[i, s, z, v]: magnitudes from entry i on with s pulses on z entries and less than v at entry i; past all of them, the largest
     integer, so that a search for a rank that exists ends before."""
-    largest = 2**63 - 1
-    table = torch.full((dim, most + 1, dim + 1, most + 2), largest)
-    for i in range(dim):
-        for s in range(most + 1):
-            for z in range(dim + 1):
-                total = 0
-                for v in range(s + 1):
-                    table[i, s, z, v] = total
-                    total += ways(dim - 1 - i, s - v, z - (v > 0)) if z >= (v > 0) else 0
-                    if total == ways(dim - i, s, z):
-                        break
-    return table.to(device)
+    width = most + 2
+    number = torch.tensor([[[ways(n, s, z) for z in range(dim + 1)] for s in range(most + 1)] for n in range(dim + 1)])
+    own = torch.zeros(dim, most + 1, dim + 1, width, dtype=torch.long)  # those with exactly v at entry i
+    for v in range(most + 1):
+        rest = number[:dim].flip(0)[:, : most + 1 - v]
+        if v:
+            own[:, v:, 1:, v] = rest[:, :, :dim]
+        else:
+            own[..., 0] = rest
+    below = own.cumsum(3) - own
+    ended = (below == number[1:].flip(0)[..., None]) & (torch.arange(width) > 0)
+    return below.masked_fill(ended, 2**63 - 1).to(device)
 
 
 @lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ def test_the_numbers_are_the_golden_ones():
         assert class_index_of(torch.tensor([y])).tolist() == [number]
 
 
-@pytest.mark.parametrize(("dim", "pulses"), [(1, 0), (1, 3), (2, 5), (4, 6), (6, 4), (8, 3), (8, 5), (8, 6), (7, 0)])
+@pytest.mark.parametrize(("dim", "pulses"), [(1, 0), (1, 3), (2, 5), (4, 6), (6, 4), (8, 3), (8, 5), (8, 6), (7, 0), (3, 40)])
 def test_it_is_a_bijection(dim: int, pulses: int):
     total = count(dim, pulses)
     everything = torch.arange(total)

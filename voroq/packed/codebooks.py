@@ -19,14 +19,12 @@ from torch import Tensor
 from voroq.codebook.base import Codebook
 from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
-from voroq.codebook.pyramid import Pulses, Pyramids
+from voroq.codebook.pyramid import ORDERS, SPLIT, Pulses, Pyramids
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.errors import FormatError
 from voroq.packed.base import MAX_TABLE, MAX_VECTOR, Fields
 
-ORDER = "split-v1"
-"""How the points of a pyramid are numbered (`numerics/pyramid.py`)."""
 MAX_PULSES = 255
 """Pulses of a level; what decoding looks up grows with their square."""
 MAX_LEVELS = 64
@@ -189,6 +187,7 @@ class PyramidForm:
 class PyramidsForm(PyramidForm):
     bits: int
     pulses: tuple[int, ...]
+    order: str = SPLIT
 
     kind: ClassVar[str] = "pyramids"
 
@@ -198,22 +197,22 @@ class PyramidsForm(PyramidForm):
 
     @staticmethod
     def of(codebook: Pyramids) -> "PyramidsForm":
-        return PyramidsForm(codebook.dim, codebook.bits, codebook.pulses)
+        return PyramidsForm(codebook.dim, codebook.bits, codebook.pulses, codebook.order)
 
     @staticmethod
     def from_json(fields: Fields) -> "PyramidsForm":
-        fields.only("kind", "dim", "bits", "pulses", "order").choice("order", (ORDER,))
+        order = fields.only("kind", "dim", "bits", "pulses", "order").choice("order", ORDERS)
         pulses = fields.integers("pulses", None, 1, MAX_PULSES, most=MAX_LEVELS)
-        return PyramidsForm(fields.integer("dim", 1, MAX_VECTOR), fields.integer("bits", 1, 64), pulses).checked(fields)
+        return PyramidsForm(fields.integer("dim", 1, MAX_VECTOR), fields.integer("bits", 1, 64), pulses, order).checked(fields)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "dim": self.dim, "bits": self.bits, "pulses": list(self.pulses), "order": ORDER}
+        return {"kind": self.kind, "dim": self.dim, "bits": self.bits, "pulses": list(self.pulses), "order": self.order}
 
     def table(self, codebook: Pyramids) -> Float[Tensor, "levels 1"]:
         return codebook.scales[:, None]
 
     def codebook(self, table: Float[Tensor, "levels 1"]) -> Pyramids:
-        return Pyramids(self.dim, self.pulses, table[:, 0], self.bits)
+        return Pyramids(self.dim, self.pulses, table[:, 0], self.bits, self.order)
 
 
 @dataclass(frozen=True)
@@ -233,14 +232,14 @@ class GainShapeForm(PyramidForm):
 
     @staticmethod
     def from_json(fields: Fields) -> "GainShapeForm":
-        fields.only("kind", "dim", "pulses", "gains", "order").choice("order", (ORDER,))
+        fields.only("kind", "dim", "pulses", "gains", "order").choice("order", (SPLIT,))
         form = GainShapeForm(
             fields.integer("dim", 1, MAX_VECTOR), fields.integer("pulses", 1, MAX_PULSES), fields.integer("gains", 2, 1 << 16)
         )
         return form.checked(fields)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "dim": self.dim, "pulses": self.pulses, "gains": self.gains, "order": ORDER}
+        return {"kind": self.kind, "dim": self.dim, "pulses": self.pulses, "gains": self.gains, "order": SPLIT}
 
     def table(self, codebook: GainShape) -> Float[Tensor, "levels 1"]:
         return codebook.gains[:, None]

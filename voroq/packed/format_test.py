@@ -54,6 +54,7 @@ def native_linears(draw):
         elif kind == "pyramids":
             pulses = tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=4)))
             codebook = random_pyramids(tile.size, pulses, draw(st.integers(0, 20)), rng)
+            codebook = replace(codebook, order=draw(st.sampled_from(["split-v1", "class-v1"] if tile.size <= 8 else ["split-v1"])))
         elif kind == "pulses":
             codebook = Pulses(tile.size, (draw(st.integers(1, 63)),) * 3, torch.rand(3, generator=rng) + 0.1)
         elif kind == "gain_shape":

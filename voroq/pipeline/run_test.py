@@ -1,5 +1,6 @@
 """A run's result is an ordinary folder that loads as the dense model whose weights its shards say, for every architecture."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import voroq
+from voroq import native
 from voroq.codebook.table import Table
 from voroq.experts import Experts
 from voroq.methods import GPTQ, RTN, VPTQ
@@ -49,6 +51,20 @@ def dense_twin(model: nn.Module, folder: Path) -> nn.Module:
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=tiny_tokens()).logits
+
+
+def test_pyramids_weigh_outputs_where_that_is_quick_or_asked_for(tmp_path, monkeypatch):
+    """Their search in a metric is the library's; without it `auto` leaves the gradients out, and says so in the report."""
+    source = tiny_source(tmp_path / "in", "Llama")
+
+    def used(out: str, method, **how) -> str:
+        return quick_run(source, tmp_path / out, method, **how)["hessian"]
+
+    assert used("a", QUICK["pvq"]) == ("input" if native.library() is None else "two-sided")
+    assert used("b", QUICK["rtn"]) == "input" and used("c", dataclasses.replace(QUICK["pvq"], gains="paper")) == "input"
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert used("d", QUICK["pvq"]) == "input" and used("e", QUICK["vptq"]) == "two-sided"
+    assert used("f", QUICK["pvq"], hessian="two-sided") == "two-sided"
 
 
 SEEDED = Plan(QUICK["rtn"], (("*.v_proj", QUICK["vptq"]),))

@@ -6,7 +6,7 @@
 many bits. `hessian`: eigenvalues i^-a in random directions, 256 x 256 Gaussian weights; decibels of proxy loss against rounding to nearest.
 `spec` is what an earlier study measured on other draws (input: metric search; output: exact feedback; then with 3 or 2 sweeps), and means
 something only for the full size. `time`: nanoseconds per weight in torch on one thread; `spec` is the limit that was set for encoding.
-`product`: nanoseconds per weight of y = x w^T for a 4096 x 4096 matrix, from the numbers, from integers spelled out when loading, and
+`product`: nanoseconds per weight of y = x w^T for a 2048 x 2048 matrix, from the numbers, from integers spelled out when loading, and
 dense, in turns in one process; `bits` in the note are per weight in memory.
 The model's rows are in `benchmarks/quality.py --method pvq`.
 """
@@ -133,7 +133,7 @@ def main() -> None:
         "gaussian": lambda: gaussian(1 << (16 if args.quick else 21)),
         "hessian": lambda: hessian(64 if args.quick else 256),
         "time": lambda: timed(1 << (16 if args.quick else 20)),
-        "product": lambda: products(256 if args.quick else 4096, 1 if args.quick else 7),
+        "product": lambda: products(256 if args.quick else 2048, 1 if args.quick else 7),
     }
     rows = [row for name, part in parts.items() if args.part in ("", name) for row in part()]
     publish("pyramids", rows, args, presets={f"{dim}x{width}": distortion(dim, width) for dim in (8, 16) for width in widths(dim)})

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from voroq.packed.checkpoint import open_folder
 from voroq.packed.format import bits_per_weight, unpack
 from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.progress import Silent
+from voroq.pipeline.run import _is_two_sided
 from voroq.pipeline.tiny_models_test import CONFIGS, tiny_model, tiny_tokens
 from voroq.pipeline.tiny_runs_test import LETTERS, QUICK, content, quick_run, tiny_source, two_blocks
 from voroq.quantized import Band, Quantized, Tile
@@ -53,18 +55,20 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=tiny_tokens()).logits
 
 
-def test_pyramids_weigh_outputs_where_that_is_quick_or_asked_for(tmp_path, monkeypatch):
-    """Their search in a metric is the library's; without it `auto` leaves the gradients out, and says so in the report."""
-    source = tiny_source(tmp_path / "in", "Llama")
+def test_pyramids_weigh_outputs_where_that_is_quick_or_asked_for(monkeypatch):
+    """Their search in a metric is the library's; without it, or on another device, `auto` leaves the gradients out."""
+    with_head, without = (SimpleNamespace(skeleton=SimpleNamespace(get_output_embeddings=lambda it=it: it)) for it in (object(), None))
+    cpu, gpu, pvq = torch.device("cpu"), torch.device("cuda:0"), QUICK["pvq"]
 
-    def used(out: str, method, **how) -> str:
-        return quick_run(source, tmp_path / out, method, **how)["hessian"]
+    def used(hessian: str, *methods, device: torch.device = cpu, model=with_head) -> bool:
+        return _is_two_sided(model, hessian, methods, (device,))
 
-    assert used("a", QUICK["pvq"]) == ("input" if native.library() is None else "two-sided")
-    assert used("b", QUICK["rtn"]) == "input" and used("c", dataclasses.replace(QUICK["pvq"], gains="paper")) == "input"
+    monkeypatch.setattr(native, "library", lambda: object())
+    assert used("auto", pvq) and used("auto", QUICK["rtn"], pvq) and not used("input", pvq) and not used("auto", pvq, model=without)
+    assert not used("auto", QUICK["rtn"]) and not used("two-sided", dataclasses.replace(pvq, gains="paper"))
+    assert not used("auto", pvq, device=gpu) and used("two-sided", pvq, device=gpu) and used("auto", QUICK["vptq"], device=gpu)
     monkeypatch.setattr(native, "library", lambda: None)
-    assert used("d", QUICK["pvq"]) == "input" and used("e", QUICK["vptq"]) == "two-sided"
-    assert used("f", QUICK["pvq"], hessian="two-sided") == "two-sided"
+    assert not used("auto", pvq) and used("two-sided", pvq) and used("auto", QUICK["vptq"])
 
 
 SEEDED = Plan(QUICK["rtn"], (("*.v_proj", QUICK["vptq"]),))

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from voroq.methods.rtn import grid_slabs
 from voroq.moments import Moments
 from voroq.packed.checkpoint import open_folder
 from voroq.packed.format import bits_per_weight, unpack
+from voroq.pipeline.model import OpenModel
 from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.progress import Silent
 from voroq.pipeline.run import _is_two_sided
@@ -57,7 +59,8 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def test_pyramids_weigh_outputs_where_that_is_quick_or_asked_for(monkeypatch):
     """Their search in a metric is the library's; without it, or on another device, `auto` leaves the gradients out."""
-    with_head, without = (SimpleNamespace(skeleton=SimpleNamespace(get_output_embeddings=lambda it=it: it)) for it in (object(), None))
+    heads = (SimpleNamespace(get_output_embeddings=lambda it=it: it) for it in (object(), None))
+    with_head, without = (Mock(spec=OpenModel, skeleton=skeleton) for skeleton in heads)
     cpu, gpu, pvq = torch.device("cpu"), torch.device("cuda:0"), QUICK["pvq"]
 
     def used(hessian: str, *methods, device: torch.device = cpu, model=with_head) -> bool:

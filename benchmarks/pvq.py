@@ -6,22 +6,29 @@
 many bits. `hessian`: eigenvalues i^-a in random directions, 256 x 256 Gaussian weights; decibels of proxy loss against rounding to nearest.
 `spec` is what an earlier study measured on other draws (input: metric search; output: exact feedback; then with 3 or 2 sweeps), and means
 something only for the full size. `time`: nanoseconds per weight in torch on one thread; `spec` is the limit that was set for encoding.
+`product`: nanoseconds per weight of y = x w^T for a 2048 x 2048 matrix, from the numbers, from integers spelled out when loading, and
+dense, in turns in one process; `bits` in the note are per weight in memory.
 The model's rows are in `benchmarks/quality.py --method pvq`.
 """
 
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from common import arguments, publish
+from common import arguments, in_turns, publish
 
 from voroq.codebook.gain_shape import gain_shape
 from voroq.codebook.presets import distortion, preset, widths
+from voroq.kernels import matmul
 from voroq.methods.pvq import PVQ
 from voroq.moments import Moments
 from voroq.numerics.linalg import proxy_loss
-from voroq.quantized import Tile
+from voroq.packed.expand import expanded
+from voroq.packed.format import bits_per_weight, pack
+from voroq.quantized import Band, Quantized, Tile
+from voroq.transform.chain import Chain
 
 BEST_KNOWN = {32: 0.0974, 40: 0.0487, 48: 0.0242, 52: 0.0176, 56: 0.0124, 64: 0.0062}
 HESSIAN = {(0.5, 2.0): (-0.68, -0.64, -0.84, -0.83), (1.0, 2.0): (-3.31, -3.13, -3.53, -3.37), (1.0, 3.0): (-3.57, -3.45, -3.48, -3.62),
@@ -88,6 +95,26 @@ def timed(samples: int) -> list[dict]:
     return rows
 
 
+def products(size: int, repeats: int) -> list[dict]:
+    dense, rows = torch.randn(size, size) / 64, []
+    short, packed, rng = dense.bfloat16(), {}, torch.Generator().manual_seed(7)
+    for width in (32, 48, 52, 64):
+        book = preset(16, width)
+        codes = book.encode(torch.randn(size * size // 16, 16, generator=rng)).reshape(size // 16, size, -1)
+        q = Quantized((size, size), Chain(), (Band(0, size, Tile(16, 1), book, torch.ones(size // 16)),), (codes,))
+        packed[f"{width / 16:g} bits, numbers"] = pack(q, torch.bfloat16, "voroq")
+        packed[f"{width / 16:g} bits, expanded"] = expanded(packed[f"{width / 16:g} bits, numbers"])
+    bits = {"dense float32": 32.0, "dense bfloat16": 16.0, **{name: bits_per_weight(p) for name, p in packed.items()}}
+    for batch in (1, 4, 16, 64):
+        x = torch.randn(batch, size)
+        works = {"dense float32": partial(torch.matmul, x, dense.T), "dense bfloat16": partial(torch.matmul, x.bfloat16(), short.T)}
+        found = in_turns(works | {name: partial(matmul, x, p) for name, p in packed.items()}, repeats)
+        for name, seconds in found.items():
+            part = {"part": f"product, batch {batch}, {name}", "voroq": seconds / size**2 * 1e9, "spec": None, "paper": None}
+            rows.append({**part, "note": f"{found['dense bfloat16'] / seconds:.2f} x dense bfloat16, {bits[name]:.2f} bits"})
+    return rows
+
+
 def best_of(times: int, work: Callable[[], object]) -> float:
     found = []
     for _ in range(times):
@@ -98,9 +125,17 @@ def best_of(times: int, work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--part", default="", choices=["", "gaussian", "hessian", "time", "product"], help="only this part")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*gaussian(1 << (16 if args.quick else 21)), *hessian(64 if args.quick else 256), *timed(1 << (16 if args.quick else 20))]
+    parts = {
+        "gaussian": lambda: gaussian(1 << (16 if args.quick else 21)),
+        "hessian": lambda: hessian(64 if args.quick else 256),
+        "time": lambda: timed(1 << (16 if args.quick else 20)),
+        "product": lambda: products(256 if args.quick else 2048, 1 if args.quick else 7),
+    }
+    rows = [row for name, part in parts.items() if args.part in ("", name) for row in part()]
     publish("pyramids", rows, args, presets={f"{dim}x{width}": distortion(dim, width) for dim in (8, 16) for width in widths(dim)})
 
 

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ABI = 5
+ABI = 6
 """Of the interface; a library built from other sources is not used."""
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 
 REALS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-TABLE, GRID, PYRAMID = 0, 1, 2
+TABLE, GRID, PYRAMID, PULSES = 0, 1, 2, 3
 
 
 class Band(ctypes.Structure):
@@ -54,6 +54,12 @@ class Union(ctypes.Structure):
     """Pyramids with a scale each."""
 
     _fields_ = (("dim", c_int32), ("levels", c_int32), ("pulses", ctypes.POINTER(c_int32)), ("scales", c_void_p))
+
+
+class Sides(ctypes.Structure):
+    """What an error in one row of tiles costs."""
+
+    _fields_ = (("metric", c_void_p), ("inverse", c_void_p), ("columns", c_int64))
 
 
 class Failed(RuntimeError):
@@ -108,11 +114,9 @@ class Index:
 class Pyramid:
     """What numbers of pyramids are decoded with, made once for a shape and kept: `pyramid`."""
 
-    def __init__(self, dim: int, pulses: tuple[int, ...], bits: int, gains: int) -> None:
-        self.handle = library().voroq_pyramid_new(dim, (c_int32 * len(pulses))(*pulses), len(pulses), bits, gains)
-        if not self.handle:
-            raise MemoryError(f"no memory for pyramids of dimension {dim} with {pulses} pulses")
-        weakref.finalize(self, library().voroq_pyramid_free, self.handle)
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        weakref.finalize(self, library().voroq_pyramid_free, handle)
 
 
 PYRAMID_DIMS = (8, 16)
@@ -121,20 +125,32 @@ MOST_LEVELS = 64
 
 
 @lru_cache(maxsize=256)
-def pyramid(dim: int, pulses: tuple[int, ...], bits: int, gains: int = 0) -> Pyramid | None:
-    """The pyramids of a union, under one number of `bits` bits, or one pyramid with `gains`; None where the library lacks them."""
+def pyramid(dim: int, pulses: tuple[int, ...], bits: int, gains: int = 0, *, classes: bool = False) -> Pyramid | None:
+    """The pyramids of a union, under one number of `bits` bits in the split order or that of `classes`, or one pyramid with `gains`; None
+    where the library lacks them (the class order needs a table of all patterns, at most a million)."""
     if library() is None or dim not in PYRAMID_DIMS or max(pulses) > MOST_PULSES:
         return None
-    return Pyramid(dim, pulses, bits, gains)
+    handle = library().voroq_pyramid_new(dim, (c_int32 * len(pulses))(*pulses), len(pulses), bits, gains, classes)
+    if not handle and not classes:
+        raise MemoryError(f"no memory for pyramids of dimension {dim} with {pulses} pulses")
+    return Pyramid(handle) if handle else None
+
+
+def union(dim: int, pulses: tuple[int, ...], scales: Float[Tensor, "levels"]) -> Union:
+    """The words scales[j] * y, y of pulses[j] pulses."""
+    held = scales.detach().contiguous()
+    words = Union(dim, len(pulses), (c_int32 * len(pulses))(*pulses), held.data_ptr())
+    words.held = held  # the tensor lives as long as what points to it
+    return words
 
 
 def project(
     v: Float[Tensor, "n dim"], pulses: tuple[int, ...], scales: Float[Tensor, "levels"], isa: int = -1
 ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n dim"]]:
     """Level and point y, of pulses[level] pulses, of the word scales[level] * y nearest to each of `v`; level len(pulses) is zero."""
-    v, scales = v.detach().contiguous(), scales.detach().contiguous()
+    v = v.detach().contiguous()
     level, y = torch.empty(v.shape[0], dtype=torch.int64), torch.empty_like(v)
-    words = Union(v.shape[1], len(pulses), (c_int32 * len(pulses))(*pulses), scales.data_ptr())
+    words = union(v.shape[1], pulses, scales)
     call("voroq_project", words, v.data_ptr(), v.shape[0], level.data_ptr(), y.data_ptr(), torch.get_num_threads(), isa)
     return level, y
 
@@ -176,7 +192,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.voroq_feedback_tile.argtypes = (ctypes.POINTER(Tables), c_void_p, c_void_p, c_int64, *[c_void_p] * 3)
     found.voroq_descend_tile.argtypes = (ctypes.POINTER(Tables), *[c_void_p] * 3, c_int64, *[c_void_p] * 3, ctypes.POINTER(c_int64))
     found.voroq_pyramid_new.restype = c_void_p
-    found.voroq_pyramid_new.argtypes = (c_int32, ctypes.POINTER(c_int32), c_int32, c_int32, c_int32)
+    found.voroq_pyramid_new.argtypes = (c_int32, ctypes.POINTER(c_int32), *[c_int32] * 4)
     found.voroq_pyramid_free.restype, found.voroq_pyramid_free.argtypes = None, (c_void_p,)
     found.voroq_project.argtypes = (ctypes.POINTER(Union), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32)
+    union, sides = ctypes.POINTER(Union), ctypes.POINTER(Sides)
+    found.voroq_feedback_pulses.argtypes = (union, sides, *[c_void_p] * 4, c_int32)
+    found.voroq_descend_pulses.argtypes = (union, sides, *[c_void_p] * 4, ctypes.POINTER(c_int64), c_int32)
     return found, None

@@ -27,9 +27,10 @@ std::vector<Isa> found() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
         list.push_back({"avx512", &avx512});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) list.push_back({"avx2", &avx2});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
+        list.push_back({"avx2", &avx2});
 #endif
     list.push_back({"portable", &portable});
     return list;
@@ -139,9 +140,9 @@ Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool wid
     Ready r{band, nullptr, nullptr, nullptr, nullptr, 0, F32};
     if (band.kind == GRID) return r;
     const int64_t size = int64_t(band.rows) * band.cols, entries = int64_t(1) << band.bits;
-    if (band.kind == PYRAMID) {
-        const auto& pyramid = *static_cast<const Pyramid*>(band.pyramid);
-        const int64_t scales = pyramid.gains ? pyramid.gains : pyramid.levels;
+    if (band.kind == PYRAMID || band.kind == PULSES) {
+        const auto* pyramid = static_cast<const Pyramid*>(band.pyramid);
+        const int64_t scales = !pyramid ? band.bits : pyramid->gains ? pyramid->gains : pyramid->levels;
         float* to = scratch.take(scales + 1);
         kernels.widen(band.table, band.real, scales, to);
         to[scales] = 0;
@@ -168,6 +169,7 @@ bool can(const Band& band) {
         const auto& pyramid = *static_cast<const Pyramid*>(band.pyramid);
         return size == pyramid.dim && band.width <= 64 && band.width == pyramid.bits + (pyramid.gains ? __builtin_ctz(unsigned(pyramid.gains)) : 0);
     }
+    if (band.kind == PULSES) return (size == 8 || size == 16) && band.width <= 32 && band.residual && (band.residual_bits == 4 || band.residual_bits == 8);
     if (band.kind == GRID) return size == 1 && band.bits <= 8 && band.width == band.bits;
     return size <= 16 && band.width <= 32 && band.bits + band.residual_bits <= band.width;
 }
@@ -335,14 +337,31 @@ int32_t run_nearest(const Index& index, const float* v, int64_t n, int64_t* best
     return 0;
 }
 
+bool known(const Union& words) { return (words.dim == 8 || words.dim == 16) && words.levels >= 1 && words.levels <= 64; }
+
 int32_t run_project(const Union& words, const float* v, int64_t n, int64_t* level, float* y, int threads, int32_t wanted) {
     const Isa* isa = choose(wanted);
-    if (!isa || (words.dim != 8 && words.dim != 16) || words.levels < 1 || words.levels > 64) return 1;
+    if (!isa || !known(words)) return 1;
     const int64_t step = 64;
     parallel((n + step - 1) / step, threads, [&](int64_t i) {
         const int64_t at = i * step;
         isa->kernels->project(words, v + at * words.dim, std::min(step, n - at), level + at, y + at * words.dim);
     });
+    return 0;
+}
+
+int32_t run_feedback(const Union& words, const Sides& sides, const float* u, float* rest, int16_t* codes, float* errors, int32_t wanted) {
+    const Isa* isa = choose(wanted);
+    if (!isa || !known(words)) return 1;
+    isa->kernels->feedback(words, sides, u, rest, codes, errors);
+    return 0;
+}
+
+int32_t run_descend(
+    const Union& words, const Sides& sides, const float* h, float* pull, float* error, int16_t* codes, int64_t* moves, int32_t wanted) {
+    const Isa* isa = choose(wanted);
+    if (!isa || !known(words)) return 1;
+    *moves += isa->kernels->descend(words, sides, h, pull, error, codes);
     return 0;
 }
 
@@ -379,9 +398,10 @@ void* voroq_index_new(const float* table, int64_t k, int32_t dim) {
     }
 }
 void voroq_index_free(void* index) { delete static_cast<voroq::OwnedIndex*>(index); }
-void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains) {
+void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains, int32_t classes) {
     try {
-        return levels < 1 || levels > 64 ? nullptr : static_cast<voroq::Pyramid*>(new voroq::OwnedPyramid(dim, pulses, levels, bits, gains));
+        if (levels < 1 || levels > 64) return nullptr;
+        return static_cast<voroq::Pyramid*>(new voroq::OwnedPyramid(dim, pulses, levels, bits, gains, classes != 0));
     } catch (...) {
         return nullptr;
     }
@@ -389,4 +409,11 @@ void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int3
 void voroq_pyramid_free(void* pyramid) { delete static_cast<voroq::OwnedPyramid*>(static_cast<voroq::Pyramid*>(pyramid)); }
 int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa) {
     return voroq::guarded([&] { return voroq::run_project(*words, v, n, level, y, threads, isa); });
+}
+int32_t voroq_feedback_pulses(const Union* words, const Sides* sides, const float* u, float* rest, int16_t* codes, float* errors, int32_t isa) {
+    return voroq::guarded([&] { return voroq::run_feedback(*words, *sides, u, rest, codes, errors, isa); });
+}
+int32_t voroq_descend_pulses(
+    const Union* words, const Sides* sides, const float* h, float* pull, float* error, int16_t* codes, int64_t* moves, int32_t isa) {
+    return voroq::guarded([&] { return voroq::run_descend(*words, *sides, h, pull, error, codes, moves, isa); });
 }

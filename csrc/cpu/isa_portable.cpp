@@ -5,5 +5,6 @@ namespace voroq {
 namespace portable_only {
 #include "kernels.inc"
 }
-const Kernels portable = {portable_only::product, portable_only::decode, portable_only::widen, portable_only::nearest, portable_only::project};
+const Kernels portable = {portable_only::product, portable_only::decode, portable_only::widen, portable_only::nearest,
+                          portable_only::project, portable_only::feedback_pulses, portable_only::descend_pulses};
 }  // namespace voroq

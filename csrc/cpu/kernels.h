@@ -47,6 +47,13 @@ struct Guide {
     int shift;
 };
 
+// Numbers [first, last] of the class order are patterns of z nonzero magnitudes, z bits of signs below each.
+struct Class {
+    uint64_t last, first;
+    uint32_t patterns;
+    uint16_t level, z;
+};
+
 // Unions of pyramids, or one pyramid with gains, as numbers are turned into vectors: halved until a table has them.
 struct Pyramid {
     int dim, levels, bits, gains;
@@ -55,6 +62,10 @@ struct Pyramid {
     int most;                     // up to this many pulses a vector of 4 is in `table`, those with the same sum from `first` on
     const int8_t* table;
     const uint32_t* first;
+    const Class* classes;         // null in the split order; else the class of number i is not before guide[i >> shift]
+    const uint16_t* guide;
+    int shift;
+    const uint64_t* patterns;     // eight magnitudes, a byte each
 };
 
 struct Kernels {
@@ -66,6 +77,9 @@ struct Kernels {
     void (*nearest)(const Index& index, const float* v, int64_t n, int64_t* best);
     // The nearest of the words scales[level] * y.
     void (*project)(const Union& words, const float* v, int64_t n, int64_t* level, float* y);
+    // One row of tiles of such words, in a metric of two sides.
+    void (*feedback)(const Union& words, const Sides& sides, const float* u, float* rest, int16_t* codes, float* errors);
+    int32_t (*descend)(const Union& words, const Sides& sides, const float* h, float* pull, float* error, int16_t* codes);
 };
 
 extern const Kernels portable;

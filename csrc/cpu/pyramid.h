@@ -58,10 +58,17 @@ struct Fours {
     }
 };
 
+constexpr size_t MOST_PATTERNS = 1 << 20;  // of eight bytes: decoding is a random access to them
+
 class OwnedPyramid : public Pyramid {
   public:
-    OwnedPyramid(int dim, const int32_t* pulses, int levels, int bits, int gains) : Pyramid{}, pulses_(pulses, pulses + levels) {
+    // `classes`: numbers are in the class order (voroq/numerics/class_code.py), which eight dimensions have.
+    OwnedPyramid(int dim, const int32_t* pulses, int levels, int bits, int gains, bool classes = false) : Pyramid{}, pulses_(pulses, pulses + levels) {
         const int most = check(dim, bits, gains);
+        if (classes) {
+            by_classes(dim, bits, gains);
+            return;
+        }
         static const Fours four;
         std::vector<Places> places{top(dim, bits)};
         for (int n : {8, 4})
@@ -69,7 +76,7 @@ class OwnedPyramid : public Pyramid {
         for (const Places& at : places) guides_.push_back({splits_.data() + at.splits, guide_.data() + at.guide, at.shift});
         const Guide* inner = guides_.data() + 1;
         static_cast<Pyramid&>(*this) = {dim, levels, bits, gains, guides_[0], inner, inner + (dim == 16 ? most + 1 : 0), MOST_OF_FOUR,
-                                        four.vectors.data(), four.first.data()};
+                                        four.vectors.data(), four.first.data(), nullptr, nullptr, 0, nullptr};
     }
 
   private:
@@ -88,6 +95,45 @@ class OwnedPyramid : public Pyramid {
         }
         if (points > (unsigned __int128)1 << bits || (gains & (gains - 1)) || (gains && pulses_.size() > 1)) throw std::invalid_argument("pyramid");
         return most;
+    }
+
+    void by_classes(int dim, int bits, int gains) {
+        if (dim != 8 || gains) throw std::invalid_argument("pyramid");
+        uint32_t begins[MOST_PULSES + 1][9] = {};
+        uint64_t next = 0;
+        patterns_.push_back(0);  // of the zero vector
+        for (size_t j = 0; j < pulses_.size(); ++j)
+            for (int k = pulses_[j], z = 1; z <= std::min(k, 8); ++z) {
+                uint64_t many = 1;  // binomial(8, z) binomial(k - 1, z - 1)
+                for (int i = 0; i < z; ++i) many = many * uint64_t(8 - i) / uint64_t(i + 1);
+                uint64_t shares = 1;
+                for (int i = 1; i < z; ++i) shares = shares * uint64_t(k - i) / uint64_t(i);
+                many *= shares;
+                if (!begins[k][z]) {
+                    if (patterns_.size() + many > MOST_PATTERNS) throw std::invalid_argument("pyramid");
+                    begins[k][z] = uint32_t(patterns_.size());
+                    append(0, k, z, 0);
+                }
+                classes_.push_back({next + (many << z) - 1, next, begins[k][z], uint16_t(j), uint16_t(z)});
+                next += many << z;
+            }
+        if (next <= ~uint64_t(0) >> (64 - bits)) classes_.push_back({~uint64_t(0), next, 0, uint16_t(pulses_.size()), 63});
+        const int shift = std::max(0, bits - 12);
+        for (uint64_t b = 0, at = 0; b <= (~uint64_t(0) >> (64 - bits)) >> shift; ++b) {
+            while (classes_[at].last < b << shift) ++at;
+            guide_.push_back(uint16_t(at));
+        }
+        static_cast<Pyramid&>(*this) = {dim, int(pulses_.size()), bits, 0, {}, nullptr, nullptr, 0, nullptr, nullptr,
+                                        classes_.data(), guide_.data(), shift, patterns_.data()};
+    }
+
+    // All magnitudes of which those from entry i on have `left` pulses on `nonzero` entries, in lexicographic order.
+    void append(int i, int left, int nonzero, uint64_t before) {
+        if (i == 8) return patterns_.push_back(before);
+        for (int v = 0; v <= left; ++v) {
+            const int there = nonzero - (v > 0), room = 7 - i;
+            if (there >= 0 && there <= room && left - v >= there && (there || left == v)) append(i + 1, left - v, there, before | uint64_t(v) << 8 * i);
+        }
     }
 
     // The splits of vectors of n entries with k pulses, whose numbers begin after those before; returns the last one.
@@ -133,6 +179,8 @@ class OwnedPyramid : public Pyramid {
     std::vector<int32_t> pulses_;
     std::vector<Split> splits_;
     std::vector<uint16_t> guide_;
+    std::vector<Class> classes_;
+    std::vector<uint64_t> patterns_;
     std::vector<Guide> guides_;
 };
 

@@ -1,5 +1,6 @@
 // Rounding in a metric of two sides, one row of tiles at a time (voroq/rounding/kronecker.py has the mathematics and the slow twin).
 // A tile is v weights down the output; its words are a table's, or sums of two tables' entries; `metric` [v, v] says what an error costs.
+// Pyramids are in pulses.inc.
 #include "voroq.h"
 
 #include <algorithm>
@@ -17,9 +18,11 @@
 
 namespace {
 
-constexpr int LANES = 16, LONGEST = 64;
+constexpr int LANES = 16;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+#include "sweeps.inc"
 
 INLINE Floats load(const float* from) {
     Floats to;
@@ -86,37 +89,38 @@ INLINE Best nearest(const Metric& words, const float* t) {
 }
 
 struct Words {
+    using Code = int64_t;
+    static constexpr int LONGEST = 64, MOST_STREAMS = 2;
     Metric main, rest;
-    int beam = 1;
+    int beam = 1, dim, streams;
     std::vector<Best> few;
 
-    Words(const VoroqTables& tables, const float* metric) : beam(std::max(1, tables.beam)) {
+    Words(const VoroqTables& tables, const float* metric) : beam(std::max(1, tables.beam)), dim(tables.v), streams(tables.rest ? 2 : 1) {
         main.prepare(tables.main, tables.k, tables.v, metric);
         if (tables.rest) rest.prepare(tables.rest, tables.k_rest, tables.v, metric);
         else rest.k = 0;
     }
-    int streams() const { return rest.k ? 2 : 1; }
     // Of the word at `codes`.
     void decode(const int64_t* codes, float* word) const {
         for (int a = 0; a < main.v; ++a) word[a] = main.table[codes[0] * main.v + a] + (rest.k ? rest.table[codes[1] * main.v + a] : 0);
     }
+    void search(const float* t, int64_t* codes);
 };
 
 // Codes of the best word found for t: with a second table, the `beam` best of the main one are each completed.
-INLINE void search(Words& words, const float* t, int64_t* codes) {
-    if (!words.rest.k) {
-        codes[0] = nearest(words.main, t).word;
+INLINE void Words::search(const float* t, int64_t* codes) {
+    if (!rest.k) {
+        codes[0] = nearest(main, t).word;
         return;
     }
-    auto& few = words.few;
     few.clear();
-    if (words.beam == 1) few.push_back(nearest(words.main, t));
+    if (beam == 1) few.push_back(nearest(main, t));
     else {
-        for (int64_t block = 0; block * LANES < words.main.k; ++block) {
-            const Floats s = words.main.scores(block, t);
-            for (int l = 0; l < LANES && block * LANES + l < words.main.k; ++l) {
-                if (int(few.size()) == words.beam && !(s[l] < few.back().score)) continue;
-                if (int(few.size()) == words.beam) few.pop_back();
+        for (int64_t block = 0; block * LANES < main.k; ++block) {
+            const Floats s = main.scores(block, t);
+            for (int l = 0; l < LANES && block * LANES + l < main.k; ++l) {
+                if (int(few.size()) == beam && !(s[l] < few.back().score)) continue;
+                if (int(few.size()) == beam) few.pop_back();
                 const Best one{s[l], block * LANES + l};
                 few.insert(std::upper_bound(few.begin(), few.end(), one, [](const Best& a, const Best& b) { return a.score < b.score; }), one);
             }
@@ -125,8 +129,8 @@ INLINE void search(Words& words, const float* t, int64_t* codes) {
     float least = std::numeric_limits<float>::infinity();
     for (const Best& one : few) {
         float left[LONGEST];
-        for (int a = 0; a < words.main.v; ++a) left[a] = t[a] - words.main.table[one.word * words.main.v + a];
-        const Best second = nearest(words.rest, left);
+        for (int a = 0; a < main.v; ++a) left[a] = t[a] - main.table[one.word * main.v + a];
+        const Best second = nearest(rest, left);
         if (one.score + second.score < least) {
             least = one.score + second.score;
             codes[0] = one.word, codes[1] = second.word;
@@ -134,59 +138,13 @@ INLINE void search(Words& words, const float* t, int64_t* codes) {
     }
 }
 
-INLINE void subtract(float* row, const float* other, float factor, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) row[i] -= factor * other[i];
-}
-
 EVERY_SET void feedback(Words& words, const float* u, int64_t columns, float* rest, int64_t* codes, float* errors) {
-    const int v = words.main.v, streams = words.streams();
-    float t[LONGEST], word[LONGEST];
-    for (int64_t j = 0; j < columns; ++j) {
-        for (int a = 0; a < v; ++a) t[a] = rest[a * columns + j];
-        search(words, t, codes + j * streams);
-        words.decode(codes + j * streams, word);
-        for (int a = 0; a < v; ++a) {
-            const float error = (t[a] - word[a]) / u[j * columns + j];
-            errors[a * columns + j] = error;
-            subtract(rest + a * columns + j + 1, u + j * columns + j + 1, error, columns - j - 1);
-        }
-    }
+    feed_back(words, u, columns, rest, codes, errors);
 }
 
 EVERY_SET int32_t descend(
     Words& words, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error, int64_t* codes) {
-    const int v = words.main.v, streams = words.streams();
-    float t[LONGEST], old[LONGEST], word[LONGEST], left[LONGEST];
-    int64_t found[2];
-    int32_t moves = 0;
-    for (int64_t j = 0; j < columns; ++j) {
-        int64_t* own = codes + j * streams;
-        words.decode(own, old);
-        for (int a = 0; a < v; ++a) {
-            float sum = 0;
-            for (int b = 0; b < v; ++b) sum += inverse[a * v + b] * pull[b * columns + j];
-            t[a] = old[a] + sum / h[j * columns + j];
-        }
-        search(words, t, found);
-        if (found[0] == own[0] && (streams == 1 || found[1] == own[1])) continue;
-        words.decode(found, word);
-        float before = 0, after = 0;
-        for (int a = 0; a < v; ++a)
-            for (int b = 0; b < v; ++b) {
-                before += (t[a] - old[a]) * metric[a * v + b] * (t[b] - old[b]);
-                after += (t[a] - word[a]) * metric[a * v + b] * (t[b] - word[b]);
-            }
-        if (!(after < before)) continue;
-        ++moves;
-        for (int a = 0; a < v; ++a) error[a * columns + j] -= left[a] = word[a] - old[a];
-        for (int s = 0; s < streams; ++s) own[s] = found[s];
-        for (int a = 0; a < v; ++a) {
-            float sum = 0;
-            for (int b = 0; b < v; ++b) sum += metric[a * v + b] * left[b];
-            subtract(pull + a * columns, h + j * columns, sum, columns);
-        }
-    }
-    return moves;
+    return sweep(words, metric, inverse, h, columns, pull, error, codes);
 }
 
 }  // namespace
@@ -195,7 +153,7 @@ extern "C" {
 
 int32_t voroq_feedback_tile(
     const VoroqTables* tables, const float* metric, const float* u, int64_t columns, float* rest, int64_t* codes, float* errors) try {
-    if (tables->v < 1 || tables->v > LONGEST) return 1;
+    if (tables->v < 1 || tables->v > Words::LONGEST) return 1;
     Words words(*tables, metric);
     feedback(words, u, columns, rest, codes, errors);
     return 0;
@@ -206,7 +164,7 @@ int32_t voroq_feedback_tile(
 int32_t voroq_descend_tile(
     const VoroqTables* tables, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error,
     int64_t* codes, int64_t* moves) try {
-    if (tables->v < 1 || tables->v > LONGEST) return 1;
+    if (tables->v < 1 || tables->v > Words::LONGEST) return 1;
     Words words(*tables, metric);
     *moves += descend(words, metric, inverse, h, columns, pull, error, codes);
     return 0;

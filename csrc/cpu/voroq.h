@@ -3,10 +3,10 @@
 #pragma once
 #include <cstdint>
 
-#define VOROQ_ABI 5
+#define VOROQ_ABI 6
 
 enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
-enum Kind : int32_t { TABLE = 0, GRID = 1, PYRAMID = 2 };
+enum Kind : int32_t { TABLE = 0, GRID = 1, PYRAMID = 2, PULSES = 3 };
 
 // Consecutive columns in one codebook: `along` codes a row of tiles, each of `rows` x `cols` weights.
 struct Band {
@@ -16,13 +16,13 @@ struct Band {
     int64_t along;           // codes per row of tiles
     int64_t column;          // first column, in stored order
     const void* table;       // [2**bits, rows * cols]; of pyramids the scale of every level, or the gains
-    const void* residual;    // [2**residual_bits, rows * cols] or null
+    const void* residual;    // [2**residual_bits, rows * cols] or null; of pulses the entries [tile rows, along, rows * cols] in residual_bits each
     const void* scale;       // per row of tiles, or null
     const uint32_t* zeros;   // bit stream of a zero point per row of tiles, or null
     const void* pyramid;     // from voroq_pyramid_new; null for other kinds
     int32_t rows, cols;      // of a tile; one of them is 1
     int32_t width;           // bits of a code: the word's number, the residual's or the gain's above it; 64 for pyramids, 32 else, at most
-    int32_t bits, residual_bits;
+    int32_t bits, residual_bits;  // of pulses: `bits` is how many levels there are, a code the level; 4 or 8 bits an entry
     int32_t kind;            // Kind
     int32_t real;            // Real, of table, residual and scale
 };
@@ -61,6 +61,13 @@ struct Union {
     const float* scales;
 };
 
+// What an error in one row of tiles costs: the metric of its rows [v, v] and its inverse, and how many columns there are.
+struct Sides {
+    const float* metric;
+    const float* inverse;
+    int64_t columns;
+};
+
 #pragma GCC visibility push(default)
 extern "C" {
 int32_t voroq_abi();
@@ -86,11 +93,16 @@ int32_t voroq_descend_tile(
     const VoroqTables* tables, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error,
     int64_t* codes, int64_t* moves);
 // Pyramids of `dim` 8 or 16 and up to 127 pulses, `levels` of them under one number of `bits` bits. With `gains` above 0 there is one level,
-// and that many gains, a power of two, are named by the bits above the number's. Null for what this library lacks. Free it once.
-void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains);
+// and that many gains, a power of two, are named by the bits above the number's. `classes`: the class order, not the split order. Null for
+// what this library lacks. Free it once.
+void* voroq_pyramid_new(int32_t dim, const int32_t* pulses, int32_t levels, int32_t bits, int32_t gains, int32_t classes);
 void voroq_pyramid_free(void* pyramid);
 // y[i] is the point and level[i] the level, `levels` for the zero vector, of the word scales[level] * y nearest to v_i, for v and y [n, dim];
 // y on level j has pulses[j] pulses. `dim` is 8 or 16.
 int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa);
+// `voroq_feedback_tile` and `voroq_descend_tile` for such words; codes are the level and the entries of y, raised by the most pulses.
+int32_t voroq_feedback_pulses(const Union* words, const Sides* sides, const float* u, float* rest, int16_t* codes, float* errors, int32_t isa);
+int32_t voroq_descend_pulses(
+    const Union* words, const Sides* sides, const float* h, float* pull, float* error, int16_t* codes, int64_t* moves, int32_t isa);
 }
 #pragma GCC visibility pop

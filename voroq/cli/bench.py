@@ -22,6 +22,7 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt.")] = 128,
     new: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens written after it.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds; the best of them counts.")] = 3,
+    expand: Annotated[bool, typer.Option("--expand", help="Load MODEL's pyramids spelled out, as integers of 4 or 8 bits.")] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
@@ -37,6 +38,8 @@ def bench(
 
       voroq bench out --against meta-llama/Llama-3.2-1B --dtype bfloat16
 
+      voroq bench out --expand --batch 1
+
       VOROQ_KERNEL=reference voroq bench out --batch 1 --json
     """
     from voroq.evaluation.models import open_model
@@ -44,7 +47,8 @@ def bench(
 
     names = [model] if against in (None, model) else [model, against]
     opening = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    opened = {name: open_model(name, revision=revision if name == model else None, **opening)[0] for name in names}
+    own = {"revision": revision, "expand": expand}
+    opened = {name: open_model(name, **opening, **(own if name == model else {}))[0] for name in names}
     found = measure(opened, batches=tuple(batch or (1, 4, 16)), prompt=prompt, new=new, repeats=repeats)
     where = f"{found.device}, {found.threads} threads, copying {found.bandwidth / 1e9:.1f} GB/s"
     weights = ", ".join(f"{name} {size(count)}" for name, count in found.weights.items())

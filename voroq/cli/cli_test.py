@@ -14,6 +14,8 @@ from voroq.cli import main
 from voroq.cli.app import app
 from voroq.cli.quantize import parse_options
 from voroq.errors import FormatError, VoroqError
+from voroq.integrations.conftest import write_model
+from voroq.packed.conftest import random_pvq
 from voroq.pipeline.effort import EFFORTS
 from voroq.pipeline.text import DEMO_MODEL
 from voroq.tuning.loop import Tuning
@@ -309,6 +311,15 @@ def test_bench_measures_both_models_at_every_batch(capsys):
     assert set(found["weights"].values()) == {sum(4 * p.numel() for p in model.parameters())}
     assert run("bench", DEMO_MODEL, *given) == 0
     assert "of the limit" in capsys.readouterr().out
+
+
+def test_bench_counts_what_expanding_takes(capsys, tmp_path):
+    write_model(tmp_path / "m", "llama", "voroq", linear=random_pvq)
+    weights = []
+    for more in ([], ["--expand"]):
+        assert run("bench", tmp_path / "m", *more, "--batch", "1", "--prompt", "4", "--new", "2", "--repeats", "1", "--json") == 0
+        weights.append(json.loads(capsys.readouterr().out)["weights"][str(tmp_path / "m")])
+    assert weights[1] > weights[0]
 
 
 def test_bench_refuses_more_tokens_than_positions(capsys):

@@ -60,7 +60,7 @@ HessianKind = Annotated[
     Hessian,
     typer.Option(
         help="What errors are weighed by. input: the second moments of each linear's inputs. two-sided: of the gradients at its outputs "
-        "too, by one backward pass, block by block. auto: two-sided where the method uses it (vptq)."
+        "too, by one backward pass, block by block. auto: two-sided where the method uses it (vptq, pvq)."
     ),
 ]
 

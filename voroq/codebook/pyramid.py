@@ -1,9 +1,9 @@
 """A union of pyramids: words are scale[j] * y, with y any integer vector whose magnitudes sum to pulses[j]. No table of words exists.
 
-All points of all levels are numbered through, level after level in the split order, and one integer of whole bits names a word. The
-numbers that are left over all name the zero vector. With one scale per level instead of a unit direction and a gain, the nearest point
-of a level is an exact projection, and the nearest word the best of them. (van der Ouderaa et al. 2024, arXiv 2410.16926, have one level
-of pulses and separate gains: `GainShape`. Letting the pulses differ by level wastes no fraction of a bit.)
+All points of all levels are numbered through, level after level in the split or the class order, and one integer of whole bits names a
+word. The numbers that are left over all name the zero vector. With one scale per level instead of a unit direction and a gain, the
+nearest point of a level is an exact projection, and the nearest word the best of them. (van der Ouderaa et al. 2024, arXiv 2410.16926,
+have one level of pulses and separate gains: `GainShape`. Letting the pulses differ by level wastes no fraction of a bit.)
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,12 +16,18 @@ from torch import Tensor
 
 from voroq import native
 from voroq.numerics.bits import merge_streams, split_streams
+from voroq.numerics.class_code import LONGEST, class_index_of, class_vector_of
 from voroq.numerics.nearest import is_native
 from voroq.numerics.pyramid import count, index_of, project, vector_of
 from voroq.shapes import Codes, Vectors
 
 STREAM = 32
 """Bits of a stream; longer numbers are split, low bits first."""
+
+
+ORDERS = {"split-v1": (index_of, vector_of), "class-v1": (class_index_of, class_vector_of)}
+"""How the points of a pyramid are numbered, and back, by the name in files. The class order has vectors of up to eight entries."""
+SPLIT = "split-v1"
 
 
 def stream_widths(bits: int) -> tuple[int, ...]:
@@ -49,7 +55,7 @@ class Pulses:
         return (len(self.pulses).bit_length(), *[(2 * max(self.pulses)).bit_length()] * self.dim)
 
     def encode(self, v: Vectors, metric: Float[Tensor, "dim dim"] | None = None) -> Codes:
-        """The nearest word; in a `metric`, the best that moving single pulses finds from its level and the three that seem nearest."""
+        """The nearest word; in a `metric`, the best that moving single pulses finds."""
         level, y = self._nearest(v) if metric is None else self._descend(v, metric)
         return self.join(level, y.long())
 
@@ -78,7 +84,8 @@ class Pulses:
         sums = [v.new_zeros(levels + 1).double().index_add_(0, level, t.double())[:levels] for t in ((v * y).sum(1), y.square().sum(1))]
         return torch.where(sums[1] > 0, (sums[0] / sums[1].clamp_min(1)).to(self.scales), self.scales)
 
-    def _native(self, v: Vectors) -> bool:
+    def is_native(self, v: Vectors) -> bool:
+        """Whether the library of kernels searches these words for `v`."""
         known = self.dim in native.PYRAMID_DIMS and max(self.pulses) <= native.MOST_PULSES and len(self.pulses) <= native.MOST_LEVELS
         return known and is_native(v)
 
@@ -90,7 +97,7 @@ class Pulses:
         so that the library finds the same.
         """
         levels, scales = len(self.pulses), self.scales.to(v)
-        if self._native(v):
+        if self.is_native(v):
             return native.project(v, self.pulses, scales)
         pulses = torch.tensor(self.pulses, device=v.device)
         bound = (v.abs().sum(1, keepdim=True) - (scales * pulses).abs()).square() / self.dim  # [n levels]
@@ -110,21 +117,32 @@ class Pulses:
         return best, torch.cat(words)[found.gather(1, best[:, None])[:, 0]]
 
     def _descend(self, v: Vectors, metric: Float[Tensor, "dim dim"]) -> tuple[Int[Tensor, "n"], Vectors]:
+        """Level and y of the best word that moving single pulses finds, from each level's nearest point in the Euclidean sense.
+
+        Points of level j where all signs are v's are at least ( ||v||_1 - scale[j] pulses[j] )^2 / (s inv(metric) s^T) away, s the signs:
+        levels are tried by that bound, as long as it is below the best word found.
+        """
         scales, levels = self.scales.to(v), len(self.pulses)
         pulses = torch.tensor(self.pulses, device=v.device)
-        bound = (v.abs().sum(1, keepdim=True) - (scales * pulses).abs()).abs()
-        nearest = self._nearest(v)[0].clamp_max(levels - 1)[:, None]
-        others = bound.scatter(1, nearest, torch.inf).topk(min(3, levels - 1), largest=False).indices
-        level = torch.cat([nearest, others], dim=1)  # [n tries]
-        row = torch.arange(v.shape[0], device=v.device).repeat_interleave(level.shape[1])
-        level, here = level.reshape(-1), v[row]
-        scale = scales[level]
-        y = move_pulses(here / scale[:, None], project(here / scale[:, None], pulses[level]), metric)
-        e = here - y * scale[:, None]
-        cost = ((e @ metric) * e).sum(1).reshape(v.shape[0], -1)
-        best = torch.arange(v.shape[0], device=v.device) * cost.shape[1] + cost.argmin(1)
-        zero = ((v @ metric) * v).sum(1) <= cost.amin(1)
-        return torch.where(zero, levels, level[best]), torch.where(zero[:, None], 0, y[best])
+        signs = torch.where(v < 0, -1.0, 1.0).to(v)
+        reach = ((signs @ torch.linalg.inv(metric.double()).to(v)) * signs).sum(1, keepdim=True)
+        bound, order = ((v.abs().sum(1, keepdim=True) - (scales * pulses).abs()).square() / reach).sort(1)
+        level, y = torch.full((v.shape[0],), levels, device=v.device), torch.zeros_like(v)
+        least = ((v @ metric) * v).sum(1)
+        for tried in range(levels):
+            row = (bound[:, tried] < least).nonzero()[:, 0]
+            if not row.numel():
+                break
+            own = order[row, tried]
+            scale = scales[own][:, None]
+            x = v[row] / scale
+            found = move_pulses(x, project(x, pulses[own]), metric)
+            error = v[row] - found * scale
+            cost = ((error @ metric) * error).sum(1)
+            better = cost < least[row]
+            row = row[better]
+            least[row], level[row], y[row] = cost[better], own[better], found[better]
+        return level, y
 
 
 def move_pulses(x: Vectors, y: Vectors, metric: Float[Tensor, "dim dim"], steps: int = 24) -> Vectors:
@@ -167,6 +185,8 @@ class Pyramids:
     scales: Float[Tensor, "levels"]
     bits: int = field(default=0)
     """Width of a number; the least that leaves a number for zero unless given."""
+    order: str = SPLIT
+    """A key of `ORDERS`."""
 
     exact = True
 
@@ -178,6 +198,8 @@ class Pyramids:
                 f"pyramids of dimension {self.dim} with {self.pulses} pulses have {sum(points)} points, which with zero do not fit into "
                 f"{bits} bits (64 at most, and 63 for one pyramid)"
             )
+        if self.order not in ORDERS or (self.order != SPLIT and self.dim > LONGEST):
+            raise ValueError(f"vectors of {self.dim} weights have no order {self.order!r}; the class order takes up to {LONGEST}")
         object.__setattr__(self, "bits", bits)
 
     @property
@@ -198,7 +220,7 @@ class Pyramids:
     def number(self, spelled: Int[Tensor, "n t"]) -> Codes:
         """Codes of `Pulses` as numbers, cut into streams."""
         level, y = self.spelled.split(spelled)
-        return split_streams(index_of(y) + self._starts(level.device)[level], self.widths)  # the zero vector's index is 0
+        return split_streams(ORDERS[self.order][0](y) + self._starts(level.device)[level], self.widths)  # the zero vector's index is 0
 
     def spell(self, codes: Codes) -> Int[Tensor, "n t"]:
         """Inverse of `number`."""
@@ -207,7 +229,7 @@ class Pyramids:
         # numbers are unsigned: turning the highest bit makes signed comparison order them
         level = torch.searchsorted(starts ^ -(1 << 63), index ^ -(1 << 63), right=True) - 1
         pulses = torch.tensor([*self.pulses, 0], device=index.device)[level]
-        return self.spelled.join(level, vector_of(torch.where(pulses > 0, index - starts[level], 0), pulses, self.dim))
+        return self.spelled.join(level, ORDERS[self.order][1](torch.where(pulses > 0, index - starts[level], 0), pulses, self.dim))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"scales": self.scales}

@@ -43,6 +43,22 @@ def test_numbers_at_the_edges_of_every_level_come_back(dim: int, width: int):
     assert torch.equal(rest, torch.zeros(3, dim)), "numbers left over name the zero vector"
 
 
+@pytest.mark.parametrize("width", [10, 16, 24, 33, 48])
+def test_the_class_order_numbers_the_same_words(width: int):
+    split = preset(8, width)
+    classes = Pyramids(8, split.pulses, split.scales, width, "class-v1")
+    spelled = split.spelled.encode(torch.randn(3000, 8, generator=rng()))
+    codes = classes.number(spelled)
+    assert torch.equal(classes.spell(codes), spelled) and not torch.equal(codes, split.number(spelled))
+    assert torch.equal(classes.decode(streams(classes, [2**width - 1])), torch.zeros(1, 8)), "numbers left over name the zero vector"
+
+
+def test_an_order_that_vectors_do_not_have_is_refused():
+    for dim, order in ((16, "class-v1"), (8, "cwrs")):
+        with pytest.raises(ValueError, match=f"vectors of {dim} weights have no order '{order}'"):
+            Pyramids(dim, (3,), torch.ones(1), 40, order)
+
+
 @pytest.mark.parametrize("dim", dims())
 def test_presets_lose_what_the_file_says_and_less_with_every_bit(dim: int):
     assert [distortion(dim, w) for w in widths(dim)] == sorted((distortion(dim, w) for w in widths(dim)), reverse=True)

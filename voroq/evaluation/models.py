@@ -35,12 +35,22 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype | None:
 
 
 def open_model(
-    source: str | Path, *, device: str = "auto", dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    expand: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Model in eval mode and tokenizer of a local folder or hub id. Raises VoroqError for what is missing, gated or damaged."""
+    """Model in eval mode and tokenizer of a local folder or hub id; `expand` as `voroq.load` has it.
+
+    Raises VoroqError for what is missing, gated or damaged.
+    """
     device = resolve_device(device)
     found = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
-    model, tokenizer = load(found.folder, device=device, dtype=resolve_dtype(dtype, device), trust_remote_code=trust_remote_code)
+    options = {"dtype": resolve_dtype(dtype, device), "trust_remote_code": trust_remote_code, "expand": expand}
+    model, tokenizer = load(found.folder, device=device, **options)
     if model.get_output_embeddings() is None:
         raise VoroqError(f"{source} has no language modelling head (it is a {type(model).__name__}): give a causal language model")
     return model, tokenizer

@@ -26,12 +26,13 @@ def load(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     dequantize: bool = False,
+    expand: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model (in eval mode) and tokenizer of a folder or hub id, quantized by voroq, in the VPTQ format, or not quantized.
 
     `device`: "auto" takes the GPUs if there are any (and spreads over them), else the CPU. `dtype`: that of everything not
     stored as integers; the checkpoint's own when None. `dequantize` gives dense linears: more memory, less time per token
-    where no kernel fits.
+    where no kernel fits. `expand` spells pyramids out as integers of 4 or 8 bits and a scale for 16: between the two.
 
     Raises VoroqError when there is no such model or tokenizer, FormatError naming the file or tensor that is damaged.
     """
@@ -55,6 +56,8 @@ def load(
             raise VoroqError(f"{folder_or_id} cannot be loaded: {first_line(error)}") from error
     if dequantize and folder.specs is not None:
         model = model.dequantize()
+    elif expand and folder.specs is not None:
+        model.hf_quantizer.expand(model)
     return model.eval(), tokenizer
 
 

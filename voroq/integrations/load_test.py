@@ -8,7 +8,9 @@ import voroq
 from voroq.errors import FormatError, VoroqError
 from voroq.integrations.conftest import tiny, write_model, write_tokenizer
 from voroq.integrations.transformers import quant_linears
+from voroq.packed.conftest import random_pvq
 from voroq.packed.files import write_json
+from voroq.packed.format import bits_per_weight
 
 TOKENS = torch.arange(3, 19)[None]
 
@@ -22,6 +24,24 @@ def test_the_front_door_gives_model_and_tokenizer(tmp_path):
     dense, _ = voroq.load(tmp_path, device="cpu", dtype=torch.float32, dequantize=True)
     assert not quant_linears(dense)
     assert torch.allclose(dense(TOKENS).logits, wide(TOKENS).logits, atol=1e-5)
+
+
+def test_expanding_at_load_changes_the_memory_and_not_the_weights(tmp_path):
+    """Pyramids become integers; everything else stays, and what is saved loads again as it is."""
+    write_model(tmp_path / "a", "llama", "voroq", linear=random_pvq)
+    plain, _ = voroq.load(tmp_path / "a", device="cpu", dtype=torch.float32)
+    wide, _ = voroq.load(tmp_path / "a", device="cpu", dtype=torch.float32, expand=True)
+    before, after = quant_linears(plain), quant_linears(wide)
+    assert all(torch.equal(after[name].dequantize().weight, layer.dequantize().weight) for name, layer in before.items())
+    changed = {name for name, layer in before.items() if layer.spec != after[name].spec}
+    assert 0 < len(changed) < len(before) and all(f"{name}.weight_pulses" in wide.state_dict() for name in changed)
+    bits = [sum(bits_per_weight(layers[name].packed()) for name in changed) for layers in (before, after)]
+    assert bits[1] > 1.2 * bits[0]
+    assert torch.allclose(wide(TOKENS).logits, plain(TOKENS).logits, atol=1e-5)
+    wide.save_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    assert {name: layer.spec for name, layer in quant_linears(again).items()} == {name: layer.spec for name, layer in after.items()}
+    assert torch.equal(again(TOKENS).logits, wide(TOKENS).logits)
 
 
 @pytest.mark.gpu

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from voroq import native
+from voroq.codebook.pyramid import SPLIT
 from voroq.native import REALS, Band, Product
 from voroq.packed.base import Packed, Spec, from_int16
-from voroq.packed.codebooks import Form, GainShapeForm, GridForm, PyramidsForm, ResidualForm, TableForm
+from voroq.packed.codebooks import Form, GainShapeForm, GridForm, PulsesForm, PyramidsForm, ResidualForm, TableForm
 from voroq.packed.native_format import NativeSpec, Run, suffix
 from voroq.packed.vptq_format import VptqSpec
 
@@ -200,27 +201,31 @@ def _run_bands(run: Run, out: int, start: int, at: Pointers, real: torch.dtype) 
     pitch = shapes["weight_codes"][1]
     along = run.columns // run.tile.cols
     widths, shared = (*run.form.widths, 0)[:2], _pyramid(run.form)
-    sizes = {name: prod(shape[1:]) * (4 if name == "weight_zeros" else real.itemsize) for name, shape in shapes.items()}
+    wide = {"weight_zeros": 4, "weight_pulses": 1}
+    sizes = {name: prod(shape[1:]) * wide.get(name, real.itemsize) for name, shape in shapes.items()}
     for i in range(run.count):
         own = {name: at[name] + i * sizes[name] for name in shapes if name != "weight_codes"}
         table = own.get("weight_tables")
-        second = table + (1 << widths[0]) * run.tile.size * real.itemsize if isinstance(run.form, ResidualForm) else None
+        second = own.get("weight_pulses")
+        if isinstance(run.form, ResidualForm):
+            second = table + (1 << widths[0]) * run.tile.size * real.itemsize
+        bits, more = (run.form.rows, run.form.entry) if isinstance(run.form, PulsesForm) else (widths[0], widths[1] if second else 0)
         yield Band(
             *(at["weight_codes"], pitch, i * along, along, start + i * run.columns),
             *(table, second, own.get("weight_scales"), own.get("weight_zeros"), shared.handle if shared else None),
-            *(run.tile.rows, run.tile.cols, run.width, widths[0], widths[1] if second else 0),
+            *(run.tile.rows, run.tile.cols, run.width, bits, more),
             *(KINDS.get(type(run.form), native.TABLE), REALS[real]),
         )
 
 
-KINDS = {GridForm: native.GRID, PyramidsForm: native.PYRAMID, GainShapeForm: native.PYRAMID}
+KINDS = {GridForm: native.GRID, PyramidsForm: native.PYRAMID, GainShapeForm: native.PYRAMID, PulsesForm: native.PULSES}
 """What is not a table."""
 
 
 def _pyramid(form: Form) -> native.Pyramid | None:
     """The library's pyramids of a form; None where it has none, or the form is another."""
     if isinstance(form, PyramidsForm):
-        return native.pyramid(form.dim, form.pulses, form.bits)
+        return native.pyramid(form.dim, form.pulses, form.bits, classes=form.order != SPLIT)
     if isinstance(form, GainShapeForm):
         return native.pyramid(form.dim, (form.pulses,), sum(form.widths[:-1]), form.gains)
     return None
@@ -240,5 +245,7 @@ def _known_run(run: Run) -> bool:
         return run.tile.size == 1
     if isinstance(run.form, PyramidsForm | GainShapeForm):
         return 1 in (run.tile.rows, run.tile.cols) and _pyramid(run.form) is not None
+    if isinstance(run.form, PulsesForm):
+        return 1 in (run.tile.rows, run.tile.cols) and run.form.dim in native.PYRAMID_DIMS
     tables = isinstance(run.form, TableForm) or (isinstance(run.form, ResidualForm) and len(run.form.sizes) == 2)
     return tables and 1 in (run.tile.rows, run.tile.cols) and run.tile.size <= LONGEST and run.width <= 32

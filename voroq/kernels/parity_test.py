@@ -11,7 +11,7 @@ import torch
 from voroq import native
 from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
-from voroq.codebook.pyramid import Pyramids
+from voroq.codebook.pyramid import Pulses, Pyramids
 from voroq.errors import VoroqError
 from voroq.kernels import KERNELS, cpu, described, key_of, matmul, pick, reference
 from voroq.layer import QuantLinear
@@ -20,6 +20,7 @@ from voroq.packed.conftest import random_band, random_gptq, random_pyramids, ran
 from voroq.packed.format import pack, unpack
 from voroq.packed.legacy import OldSpec
 from voroq.quantized import Band, Quantized, Tile
+from voroq.transform.chain import Chain
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"{native.problem()}")
 TABLES = [(1, (16,)), (2, (4,)), (3, (16,)), (4, (256,)), (4, (8192, 64)), (6, (4096,)), (8, (256, 256)), (8, (8192,)), (12, (64, 32))]
@@ -110,6 +111,50 @@ def pyramid_linear(dim: int, book, *, along: bool, steps: tuple[str, ...] = ()) 
 def test_pyramids(isa, dim, pulses, spare, along, steps):
     book = random_pyramids(dim, pulses, spare, torch.Generator().manual_seed(spare))
     assert_agrees(pyramid_linear(dim, book, along=along, steps=steps), "voroq", torch.float32, torch.float32)
+
+
+@needs_library
+@pytest.mark.parametrize("along", [False, True])
+@pytest.mark.parametrize(("pulses", "spare"), [((1,), 0), ((6, 3, 6), 2), ((13, 9, 2), 9), ((16,), 1)], ids=str)
+def test_the_class_order(isa, pulses, spare, along):
+    book = replace(random_pyramids(8, pulses, spare, torch.Generator().manual_seed(spare)), order="class-v1")
+    q = pyramid_linear(8, book, along=along)
+    assert_agrees(q, "voroq", torch.float32, torch.float32)
+    packed = pack(q, torch.float16, "voroq")
+    assert torch.equal(cpu.weight(packed, torch.float32), reference.weight(packed, torch.float32))
+
+
+@needs_library
+def test_every_number_of_a_class_order_is_spelled_out_like_the_reference(isa):
+    book = Pyramids(8, (4, 2, 5), torch.rand(3) + 0.5, order="class-v1")
+    numbers = torch.arange(1 << book.bits, dtype=torch.int32)[None, :, None]
+    q = Quantized((8, numbers.shape[1]), Chain(), (Band(0, numbers.shape[1], Tile(8, 1), book),), (numbers,))
+    packed = pack(q, torch.float32, "voroq")
+    assert torch.equal(cpu.weight(packed, torch.float32), q.dequantize())
+
+
+def test_patterns_too_many_for_a_table_are_left_to_the_reference():
+    rng = torch.Generator().manual_seed(0)
+    book = replace(random_pyramids(8, (40,), 0, rng), order="class-v1")
+    band, codes = random_band(0, 8, Tile(8, 1), book, 16, rng)
+    spec = pack(Quantized((16, 8), Chain(), (band,), (codes,)), torch.float32, "voroq").spec
+    assert pick(spec, rows(1, 8)) == "reference"
+
+
+@needs_library
+@pytest.mark.parametrize("along", [False, True])
+@pytest.mark.parametrize(("dim", "pulses"), [(8, (3, 7)), (8, (6, 90, 8)), (16, (2, 5)), (16, (12, 8, 127))], ids=str)
+def test_pulses(isa, dim, pulses, along):
+    """Integers of 4 bits and of 8; levels of every number, also of those that name the zero vector."""
+    rng = torch.Generator().manual_seed(dim)
+    q, most = pyramid_linear(dim, Pulses(dim, pulses, torch.rand(len(pulses)) + 0.1), along=along, steps=("permute",)), max(pulses)
+    entry = 4 if most < 8 else 8
+    codes = [torch.cat([c[..., :1], torch.randint(max(-most, -(1 << entry - 1)), min(most, (1 << entry - 1) - 1) + 1, c[..., 1:].shape,
+                        generator=rng) + most], -1) for c in q.codes]  # fmt: skip
+    q = replace(q, codes=tuple(codes))
+    assert_agrees(q, "voroq", torch.float32, torch.float32)
+    packed = pack(q, torch.float16, "voroq")
+    assert torch.equal(cpu.weight(packed, torch.float32), reference.weight(packed, torch.float32))
 
 
 def gain_shape_linear(dim: int, pulses: int, gains: int, *, along: bool) -> Quantized:

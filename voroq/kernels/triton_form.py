@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from voroq.codebook.pyramid import SPLIT
 from voroq.numerics.bits import words_for
 from voroq.numerics.pyramid import count
 from voroq.packed.base import Spec
@@ -108,7 +109,7 @@ def _known(run: Run) -> bool:
     if 1 not in (run.tile.rows, run.tile.cols) or size > LONGEST:
         return False
     if isinstance(form, PyramidForm):
-        return size >= 2 and size & (size - 1) == 0
+        return size >= 2 and size & (size - 1) == 0 and getattr(form, "order", SPLIT) == SPLIT
     return isinstance(form, (GridForm, TableForm)) or (isinstance(form, ResidualForm) and len(form.sizes) == 2)
 
 

@@ -7,7 +7,16 @@ from voroq.methods.rtn import RTN
 from voroq.methods.vptq import VPTQ
 
 METHODS: dict[str, type] = {"vptq": VPTQ, "pvq": PVQ, "gptq": GPTQ, "rtn": RTN}
-ONE_SIDED = (GPTQ, PVQ, RTN)
-"""Methods that do not look at the gradients at a linear's outputs."""
 
-__all__ = ["GPTQ", "METHODS", "ONE_SIDED", "PVQ", "RTN", "VPTQ", "Method"]
+
+def is_one_sided(method: Method) -> bool:
+    """Whether `method` is known not to look at the gradients at a linear's outputs."""
+    return isinstance(method, GPTQ | RTN) or (isinstance(method, PVQ) and not method.two_sided)
+
+
+def is_slow_two_sided(method: Method) -> bool:
+    """Whether looking at them takes `method` hours a matrix without the library of CPU kernels, which searches pyramids in a metric."""
+    return isinstance(method, PVQ) and method.two_sided
+
+
+__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_one_sided", "is_slow_two_sided"]

@@ -28,13 +28,13 @@ from voroq.moments import Moments
 from voroq.numerics.bits import words_for
 from voroq.numerics.linalg import damped
 from voroq.quantized import Band, Quantized, Tile
-from voroq.rounding.descent import descend
 from voroq.rounding.feedback import feedback
+from voroq.rounding.metric import Metric, outputs_metric
 from voroq.shapes import Matrix, Square, Vectors
 from voroq.transform.chain import Chain
 from voroq.transform.hadamard import Hadamard
 from voroq.transform.permute import Permute
-from voroq.tuning.scales import refit_levels, refit_rows
+from voroq.tuning.scales import Outputs, refit_levels, refit_rows
 
 SAMPLE = 1 << 15
 """Vectors on which the levels are fitted before the first sweep."""
@@ -60,6 +60,8 @@ class PVQ:
     """randomised Hadamard rotation of inputs (their activations are rotated at run time) or of both sides: none, input, both"""
     gains: str = "levels"
     """how lengths are coded: levels (a union of pyramids, each with its scale) or paper (one pyramid of directions and gains apart)"""
+    order: str = "split"
+    """how words are numbered: split, or class (dim=8 only: decoded faster on a CPU up to 2.5 bits, not at all by the GPU kernels)"""
     sweeps: int = 2
     """coordinate-descent sweeps over the codes after the feedback, 0 to 100"""
     damping: float = 0.01
@@ -74,9 +76,17 @@ class PVQ:
         for name, choices in (("along", ("output", "input")), ("rotation", ("none", "input", "both")), ("gains", ("levels", "paper"))):
             if getattr(self, name) not in choices:
                 raise VoroqError(f"{name}={getattr(self, name)!r} is unknown; choose {', '.join(choices)}")
+        if self.order not in ("split", "class") or (self.order == "class" and (self.dim > 8 or self.gains == "paper")):
+            here = f"dim={self.dim} with gains={self.gains}"
+            raise VoroqError(f"order={self.order!r} is not there for {here}; use split, or class for dim=8 with gains=levels")
         if not 0 <= self.sweeps <= 100:
             raise VoroqError(f"sweeps={self.sweeps} is out of range; give 0 to 100")
         check_damping(self.damping)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether gradients at the outputs are used: vectors down the output weigh errors by them, the paper's form does not."""
+        return self.along == "output" and self.gains == "levels"
 
     @property
     def width(self) -> int:
@@ -88,21 +98,25 @@ class PVQ:
         if moments.count == 0:
             return self._without_data(w, Chain(tuple(steps)))
         h, notes = damped(moments.hessian(), self.damping)
-        h = Chain(tuple(steps)).hessian(h)
+        h, g = Chain(tuple(steps)).hessian(h), None
+        if self.two_sided and moments.outputs is not None:
+            g, more = outputs_metric(moments.outputs, self.damping)
+            g, notes = (steps[0].outputs(g) if steps else g), notes + more
         if self.along == "output":
             order = Permute(activation_order(h))  # absorbed again: any order of columns costs nothing
             steps, h = [*steps, order], order.hessian(h)
         transform = Chain(tuple(steps))
-        band, codes = _numbered(*self._sweeps(transform.weight(w), h), self.width)
+        band, codes = self._numbered(*self._sweeps(transform.weight(w), Metric(h, g)))
         out = Quantized((w.shape[0], w.shape[1]), transform, (band,), (codes,), notes)
         return absorb(out) if self.along == "output" else out
 
-    def _sweeps(self, w: Matrix, h: Square) -> Coded:
-        done = feedback(w, h, [self._fit(w)], metric=self.along == "input")
-        band, codes = _refitted(w, h, done.bands[0], done.codes[0])
+    def _sweeps(self, w: Matrix, metric: Metric) -> Coded:
+        bands = [self._fit(w)]
+        done = metric.feedback(w, bands) if self.along == "output" else feedback(w, metric.h, bands, metric=True)
+        band, codes = _refitted(w, metric.h, done.bands[0], done.codes[0], g=metric.g)
         if self.sweeps:
-            done = descend(w, h, (band,), (codes,), sweeps=self.sweeps)
-            band, codes = _refitted(w, h, done.bands[0], done.codes[0])
+            done = metric.descend(w, (band,), (codes,), sweeps=self.sweeps)
+            band, codes = _refitted(w, metric.h, done.bands[0], done.codes[0], g=metric.g)
         return band, codes
 
     def _without_data(self, w: Matrix, transform: Chain) -> Quantized:
@@ -111,7 +125,7 @@ class PVQ:
         band = self._fit(w)
         for _ in range(max(1, self.sweeps)):
             band, codes = _refitted(w, None, band, nearest_by_rows(w, band))
-        band, codes = _numbered(band, codes, self.width)
+        band, codes = self._numbered(band, codes)
         return Quantized((w.shape[0], w.shape[1]), transform, (band,), (codes,), ("no calibration data: every vector is its nearest word",))
 
     def _fit(self, w: Matrix) -> Band:
@@ -130,6 +144,15 @@ class PVQ:
         for _ in range(FITS):
             book = book.with_tensors({"scales": book.fitted(vectors, book.encode(vectors))})
         return Band(0, w.shape[1], tile, book, scale)
+
+    def _numbered(self, band: Band, codes: Int[Tensor, "rows cols s"]) -> Coded:
+        """The same words under their numbers, as they are stored."""
+        if not isinstance(band.codebook, Pulses):
+            return band, codes
+        book = Pyramids(band.codebook.dim, band.codebook.pulses, band.codebook.scales, self.width, f"{self.order}-v1")
+        step = max(1, PART // (codes.shape[1] * book.dim))
+        numbers = [book.number(part.flatten(0, 1)).unflatten(0, part.shape[:2]) for part in codes.split(step)]
+        return replace(band, codebook=book), torch.cat(numbers)
 
     @property
     def tile(self) -> Tile:
@@ -162,18 +185,9 @@ def nearest_by_rows(w: Matrix, band: Band) -> Int[Tensor, "rows cols s"]:
     return torch.cat(parts)
 
 
-def _refitted(w: Matrix, h: Square | None, band: Band, codes: Int[Tensor, "rows cols s"]) -> Coded:
+def _refitted(w: Matrix, h: Square | None, band: Band, codes: Int[Tensor, "rows cols s"], g: Outputs = None) -> Coded:
     """`band` with the row scales, and then the levels, that suit its codes best; the paper's gains stay what theory says."""
     if isinstance(band.codebook, Pulses):
-        band = refit_levels(w, h, refit_rows(w, h, band, codes), codes)
+        band = refit_rows(w, h, band, codes, g=g)
+        band = refit_levels(w, h, band, codes, g=g)
     return band, codes
-
-
-def _numbered(band: Band, codes: Int[Tensor, "rows cols s"], width: int) -> Coded:
-    """The same words under their numbers, as they are stored."""
-    if not isinstance(band.codebook, Pulses):
-        return band, codes
-    book = Pyramids(band.codebook.dim, band.codebook.pulses, band.codebook.scales, width)
-    step = max(1, PART // (codes.shape[1] * book.dim))
-    numbers = [book.number(part.flatten(0, 1)).unflatten(0, part.shape[:2]) for part in codes.split(step)]
-    return replace(band, codebook=book), torch.cat(numbers)

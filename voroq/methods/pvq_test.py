@@ -7,12 +7,14 @@ import torch
 
 from voroq.codebook.presets import preset
 from voroq.errors import VoroqError
+from voroq.methods import is_one_sided
 from voroq.methods.pvq import PVQ
 from voroq.moments import Moments, observe
 from voroq.numerics.linalg import damped, proxy_loss
 from voroq.packed.format import bits_per_weight, pack, unpack
 from voroq.quantized import Band, Tile, narrow
 from voroq.rounding.feedback import feedback
+from voroq.rounding.kronecker import kronecker_loss
 from voroq.transform.chain import Chain
 
 SETTINGS = [
@@ -21,6 +23,7 @@ SETTINGS = [
     PVQ(bits=4.0, dim=16, rotation="both"),
     PVQ(bits=2.375, dim=8, along="input", rotation="both"),
     PVQ(bits=3.0, dim=8, rotation="none", sweeps=0),
+    PVQ(bits=2.5, dim=8, order="class"),
     PVQ(bits=2.0, dim=16, gains="paper"),
     PVQ(bits=3.5, dim=16, gains="paper", along="input"),
 ]
@@ -62,11 +65,35 @@ def test_euclidean_search_along_the_input_forfeits_what_the_metric_keeps():
     assert metric < euclid * 10**-0.08
 
 
+@pytest.mark.parametrize("rotation", ["none", "input", "both"])
+def test_gradients_at_the_outputs_lower_what_they_weigh(rotation: str):
+    """And cost something in the error that looks at inputs alone."""
+    w, h = spectrum(1.0, 64)
+    g = spectrum(1.0, 80)[1]
+    w = torch.cat([w, w[:16].flip(1)])
+    one = Moments(h.float(), torch.zeros(64), 1)
+    method = PVQ(bits=2.0, rotation=rotation)
+    errors = [w - method(w.float(), moments, rng()).dequantize().double() for moments in (one, replace(one, outputs=3 * g.float()))]
+    both, inputs = ([float(kronecker_loss(e, h, m).sum()) for e in errors] for m in (g, torch.eye(80, dtype=torch.float64)))
+    assert both[1] < 0.8 * both[0] and inputs[1] > inputs[0]
+
+
+@pytest.mark.parametrize("options", [dict(along="input"), dict(gains="paper")])
+def test_what_weighs_by_inputs_alone_says_so_and_does(options: dict):
+    w, h = spectrum(1.0, 32)
+    method, one = PVQ(bits=2.0, **options), Moments(h.float(), torch.zeros(32), 1)
+    two = replace(one, outputs=spectrum(1.0, 32)[1].float())
+    assert is_one_sided(method) and not is_one_sided(PVQ(bits=2.0))
+    assert torch.equal(method(w.float(), one, rng()).dequantize(), method(w.float(), two, rng()).dequantize())
+
+
 @pytest.mark.parametrize("method", SETTINGS, ids=str)
 @pytest.mark.parametrize("shape", [(16, 64), (37, 48), (5, 32)])
 def test_what_is_stored_is_what_was_promised_and_comes_back(method: PVQ, shape: tuple[int, int]):
     out, columns = shape
     moments = observe(Moments.empty(columns), torch.randn(200, columns, generator=rng(4)) @ torch.randn(columns, columns, generator=rng(5)))
+    if method.two_sided:
+        moments = replace(moments, outputs=torch.cov(torch.randn(out, 60, generator=rng(8))))
     q = method(torch.randn(shape, generator=rng(6)), moments, rng())
     packed = pack(q, torch.float16, "voroq")
     assert round(bits_per_weight(packed) * out * columns) == method.stored_bits(shape)
@@ -84,10 +111,14 @@ def test_only_words_times_scales_are_in_the_weight():
 
 
 @pytest.mark.parametrize("method", SETTINGS, ids=str)
-def test_zeros_constants_and_unseen_inputs_survive(method: PVQ):
+@pytest.mark.parametrize("seen", [False, True])
+def test_zeros_constants_and_unseen_inputs_survive(method: PVQ, seen: bool):
     w = torch.zeros(33, 64)
     w[16:32] = 0.3
-    made = method(w, Moments.empty(64), rng()).dequantize()
+    moments = Moments.empty(64)
+    if seen:  # but half of it never moves, and no gradient ever comes
+        moments = Moments(torch.diag((torch.arange(64) < 32).float()), torch.zeros(64), 1, torch.zeros(33, 33))
+    made = method(w, moments, rng()).dequantize()
     assert torch.isfinite(made).all()
     if method.gains == "levels":  # the paper's gains end at what a Gaussian needs; a rotated constant is one giant entry
         assert (made - w).square().sum() < 0.4 * w.square().sum()
@@ -107,6 +138,8 @@ def test_columns_are_taken_in_any_order_at_no_cost():
         (dict(along="rows"), "along='rows' is unknown; choose output, input"),
         (dict(rotation="left"), "rotation='left' is unknown"),
         (dict(gains="beta"), "gains='beta' is unknown"),
+        (dict(order="class"), "order='class' is not there for dim=16 with gains=levels; use split, or class for dim=8"),
+        (dict(order="cwrs"), "order='cwrs' is not there"),
         (dict(sweeps=-1), "sweeps=-1 is out of range"),
         (dict(damping=2.0), "damping=2 is out of range"),
     ],
@@ -114,6 +147,14 @@ def test_columns_are_taken_in_any_order_at_no_cost():
 def test_values_out_of_range_are_named(options: dict, message: str):
     with pytest.raises(VoroqError, match=message):
         PVQ(**options)
+
+
+def test_the_order_of_the_numbers_changes_the_codes_and_not_the_weights():
+    w, h = spectrum(1.0, 64)
+    moments = Moments(h.float(), torch.zeros(64), 1)
+    split, classes = (PVQ(bits=2.0, dim=8, order=order)(w.float(), moments, rng()) for order in ("split", "class"))
+    assert torch.equal(split.dequantize(), classes.dequantize()) and not torch.equal(split.codes[0], classes.codes[0])
+    assert [q.bands[0].codebook.order for q in (split, classes)] == ["split-v1", "class-v1"]
 
 
 def test_vectors_along_the_input_need_columns_that_divide():

@@ -31,7 +31,7 @@ from voroq.numerics.linalg import damped, inverse_factor
 from voroq.packed.vptq_format import LEAST_ROW
 from voroq.quantized import Band, Quantized, Tile
 from voroq.rounding.feedback import Rounded
-from voroq.rounding.metric import Metric
+from voroq.rounding.metric import Metric, outputs_metric
 from voroq.shapes import Matrix, Square, Vectors
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
@@ -94,8 +94,8 @@ class VPTQ:
         transform = Chain((*affine, *order))
         outputs = None
         if moments.outputs is not None:
-            outputs, more = damped(moments.outputs / moments.outputs.diagonal().mean().clamp_min(1e-30), self.damping)
-            notes += tuple(f"outputs: {note}" for note in more)
+            outputs, more = outputs_metric(moments.outputs, self.damping)
+            notes += more
         done = self._sweeps(transform.weight(w), Metric(transform.hessian(h), outputs), rng)
         out = Quantized((w.shape[0], w.shape[1]), transform, done.bands, done.codes, notes)
         return absorb(out) if self.permute else out

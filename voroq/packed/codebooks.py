@@ -3,6 +3,7 @@
     {"kind": "grid", "bits": 3}    {"kind": "table", "k": 256}    {"kind": "residual", "k": [65536, 256]}
     {"kind": "pyramids", "dim": 16, "bits": 32, "pulses": [8, 8, 10, 9, 8, 12, 9], "order": "split-v1"}
     {"kind": "gain_shape", "dim": 16, "pulses": 11, "gains": 2, "order": "split-v1"}
+    {"kind": "pulses", "dim": 16, "pulses": [8, 8, 10, 9, 8, 12, 9], "entry": 8}
 
 A residual's stages lie below each other in one table, main first. The table of pyramids has one column: a scale for every level, or the
 gains.
@@ -12,23 +13,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from voroq.codebook.base import Codebook
 from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
-from voroq.codebook.pyramid import Pyramids
+from voroq.codebook.pyramid import ORDERS, SPLIT, Pulses, Pyramids
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.errors import FormatError
 from voroq.packed.base import MAX_TABLE, MAX_VECTOR, Fields
 
-ORDER = "split-v1"
-"""How the points of a pyramid are numbered (`numerics/pyramid.py`)."""
 MAX_PULSES = 255
 """Pulses of a level; what decoding looks up grows with their square."""
 MAX_LEVELS = 64
+MAX_ENTRY = 127
+"""Pulses of a level whose entries are stored: one of them fits into a byte."""
 
 
 @runtime_checkable
@@ -186,6 +187,7 @@ class PyramidForm:
 class PyramidsForm(PyramidForm):
     bits: int
     pulses: tuple[int, ...]
+    order: str = SPLIT
 
     kind: ClassVar[str] = "pyramids"
 
@@ -195,22 +197,22 @@ class PyramidsForm(PyramidForm):
 
     @staticmethod
     def of(codebook: Pyramids) -> "PyramidsForm":
-        return PyramidsForm(codebook.dim, codebook.bits, codebook.pulses)
+        return PyramidsForm(codebook.dim, codebook.bits, codebook.pulses, codebook.order)
 
     @staticmethod
     def from_json(fields: Fields) -> "PyramidsForm":
-        fields.only("kind", "dim", "bits", "pulses", "order").choice("order", (ORDER,))
+        order = fields.only("kind", "dim", "bits", "pulses", "order").choice("order", ORDERS)
         pulses = fields.integers("pulses", None, 1, MAX_PULSES, most=MAX_LEVELS)
-        return PyramidsForm(fields.integer("dim", 1, MAX_VECTOR), fields.integer("bits", 1, 64), pulses).checked(fields)
+        return PyramidsForm(fields.integer("dim", 1, MAX_VECTOR), fields.integer("bits", 1, 64), pulses, order).checked(fields)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "dim": self.dim, "bits": self.bits, "pulses": list(self.pulses), "order": ORDER}
+        return {"kind": self.kind, "dim": self.dim, "bits": self.bits, "pulses": list(self.pulses), "order": self.order}
 
     def table(self, codebook: Pyramids) -> Float[Tensor, "levels 1"]:
         return codebook.scales[:, None]
 
     def codebook(self, table: Float[Tensor, "levels 1"]) -> Pyramids:
-        return Pyramids(self.dim, self.pulses, table[:, 0], self.bits)
+        return Pyramids(self.dim, self.pulses, table[:, 0], self.bits, self.order)
 
 
 @dataclass(frozen=True)
@@ -230,14 +232,14 @@ class GainShapeForm(PyramidForm):
 
     @staticmethod
     def from_json(fields: Fields) -> "GainShapeForm":
-        fields.only("kind", "dim", "pulses", "gains", "order").choice("order", (ORDER,))
+        fields.only("kind", "dim", "pulses", "gains", "order").choice("order", (SPLIT,))
         form = GainShapeForm(
             fields.integer("dim", 1, MAX_VECTOR), fields.integer("pulses", 1, MAX_PULSES), fields.integer("gains", 2, 1 << 16)
         )
         return form.checked(fields)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "dim": self.dim, "pulses": self.pulses, "gains": self.gains, "order": ORDER}
+        return {"kind": self.kind, "dim": self.dim, "pulses": self.pulses, "gains": self.gains, "order": SPLIT}
 
     def table(self, codebook: GainShape) -> Float[Tensor, "levels 1"]:
         return codebook.gains[:, None]
@@ -246,10 +248,73 @@ class GainShapeForm(PyramidForm):
         return GainShape(self.dim, self.pulses, table[:, 0])
 
 
-CODEBOOKS = {"grid": GridForm, "table": TableForm, "residual": ResidualForm, "pyramids": PyramidsForm, "gain_shape": GainShapeForm}
+@dataclass(frozen=True)
+class PulsesForm:
+    """The words of pyramids spelled out: the level is the code, and the entries, `entry` bits each, lie in a tensor of their own."""
+
+    dim: int
+    pulses: tuple[int, ...]
+    entry: int
+
+    kind: ClassVar[str] = "pulses"
+
+    @property
+    def rows(self) -> int:
+        return len(self.pulses)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (len(self.pulses).bit_length(),)
+
+    def columns(self, size: int) -> int:
+        if size != self.dim:
+            raise ValueError(f"of {self.dim} weights, the dimension of the pyramids")
+        return 1
+
+    @staticmethod
+    def of(codebook: Pulses) -> "PulsesForm":
+        return PulsesForm(codebook.dim, codebook.pulses, 8)
+
+    @staticmethod
+    def from_json(fields: Fields) -> "PulsesForm":
+        fields.only("kind", "dim", "pulses", "entry")
+        dim, entry = fields.integer("dim", 2, MAX_VECTOR), fields.integer("entry", 4, 8)
+        if dim % 2 or entry not in (4, 8):
+            raise fields.fail("dim" if dim % 2 else "entry", "even" if dim % 2 else "4 or 8")
+        return PulsesForm(dim, fields.integers("pulses", None, 1, MAX_ENTRY, most=MAX_LEVELS), entry)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "dim": self.dim, "pulses": list(self.pulses), "entry": self.entry}
+
+    def table(self, codebook: Pulses) -> Float[Tensor, "levels 1"]:
+        return codebook.scales[:, None]
+
+    def codebook(self, table: Float[Tensor, "levels 1"]) -> Pulses:
+        return Pulses(self.dim, self.pulses, table[:, 0])
+
+    def store(self, codes: Int[Tensor, "rows cols t"]) -> Int[Tensor, "rows b"]:
+        """The entries of spelled codes as bytes; two of 4 bits share one, number b below number b + dim / 2."""
+        y = (codes[..., 1:].long() - max(self.pulses)).flatten(0, 1)
+        low, high = -(1 << self.entry - 1), (1 << self.entry - 1) - 1
+        if y.numel() and not low <= int(y.min()) <= int(y.max()) <= high:
+            raise FormatError(f"entries of pulses from {int(y.min())} to {int(y.max())} do not fit into {self.entry} bits")
+        if self.entry == 4:
+            first, second = y.chunk(2, dim=1)
+            y = ((first & 15 | second << 4) ^ 128) - 128  # of 8 bits, as a signed number
+        return y.to(torch.int8).reshape(codes.shape[0], -1)
+
+    def restore(self, levels: Int[Tensor, "rows cols 1"], stored: Int[Tensor, "rows b"]) -> Int[Tensor, "rows cols t"]:
+        """Inverse of `store`; levels that do not exist are zero's."""
+        y = stored.reshape(*levels.shape[:2], -1).to(torch.int16)
+        if self.entry == 4:
+            y = torch.cat([((y & 15) ^ 8) - 8, y >> 4], dim=2)
+        return torch.cat([levels.clamp_max(len(self.pulses)).to(torch.int16), y + max(self.pulses)], dim=2)
+
+
+CODEBOOKS = {form.kind: form for form in (GridForm, TableForm, ResidualForm, PyramidsForm, GainShapeForm, PulsesForm)}
 """Codebooks a file can hold, by the name in its config."""
 
-_FORM_OF = {Grid: GridForm, Table: TableForm, Residual: ResidualForm, Pyramids: PyramidsForm, GainShape: GainShapeForm}
+_FORM_OF = {Grid: GridForm, Table: TableForm, Residual: ResidualForm, Pyramids: PyramidsForm, GainShape: GainShapeForm, Pulses: PulsesForm}
 
 
 def form_of(codebook: Codebook) -> Form:

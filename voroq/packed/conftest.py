@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
-from voroq.codebook.pyramid import Pyramids
+from voroq.codebook.pyramid import Pulses, Pyramids
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.packed.base import Packed
@@ -105,7 +105,8 @@ def random_gptq(out: int, columns: int, seed: int, *, bits: int = 3, group: int 
 
 
 def random_pvq(out: int, columns: int, seed: int) -> Quantized:
-    """One of four native linears, by `seed`: pyramids along and down, numbers of two words, gain and direction, tables on patches."""
+    """One of six native linears, by `seed`: pyramids along and down, numbers of two words, gain and direction, tables on patches, pulses
+    spelled out."""
     rng = torch.Generator().manual_seed(seed)
     tile, codebook, steps = [
         (Tile(1, 8), random_pyramids(8, (3, 2), 2, rng), ("rotate_in",)),
@@ -113,7 +114,8 @@ def random_pvq(out: int, columns: int, seed: int) -> Quantized:
         (Tile(1, 16), random_pyramids(16, (12, 10), 5, rng), ("permute",)),
         (Tile(1, 4), GainShape(4, 5, torch.rand(4, generator=rng) + 0.5), ("rotate_in",)),
         (Tile(2, 2), random_table((8, 4, 2), 4, rng), ("affine", "permute")),
-    ][seed % 5]
+        (Tile(8, 1), Pulses(8, (4, 9), torch.rand(2, generator=rng) + 0.1), ("rotate_in",)),
+    ][seed % 6]
     bands = [random_band(a, a + columns // 2, tile, codebook, out, rng, scale=seed % 2 == 0) for a in (0, columns // 2)]
     transform = random_transform(columns, steps, rng, out)
     return Quantized((out, columns), transform, tuple(band for band, _ in bands), tuple(codes for _, codes in bands))

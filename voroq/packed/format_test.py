@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
+from voroq.codebook.pyramid import Pulses
 from voroq.codebook.table import Table
 from voroq.errors import FormatError
 from voroq.packed.conftest import assert_same, random_band, random_gptq, random_pyramids, random_table, random_transform, random_vptq
@@ -44,15 +45,18 @@ def native_linears(draw):
     rng = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     out, at, bands = draw(st.integers(1, 9)), 0, []
     for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["grid", "table", "residual", "pyramids", "gain_shape"]))
+        kind = draw(st.sampled_from(["grid", "table", "residual", "pyramids", "gain_shape", "pulses"]))
         rows = draw(st.integers(1, 3)) if kind != "grid" else 1
-        tile = Tile(rows, draw(st.integers(1, 3)) if kind != "grid" else 1)
+        tile = Tile(rows, draw(st.integers(1, 3)) if kind != "grid" else 1) if kind != "pulses" else Tile(rows, 2)
         sizes = (8,) if kind == "table" else (8, 2, 4)
         if kind == "grid":
             codebook = Grid(draw(st.integers(1, 8)))
         elif kind == "pyramids":
             pulses = tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=4)))
             codebook = random_pyramids(tile.size, pulses, draw(st.integers(0, 20)), rng)
+            codebook = replace(codebook, order=draw(st.sampled_from(["split-v1", "class-v1"] if tile.size <= 8 else ["split-v1"])))
+        elif kind == "pulses":
+            codebook = Pulses(tile.size, (draw(st.integers(1, 63)),) * 3, torch.rand(3, generator=rng) + 0.1)
         elif kind == "gain_shape":
             codebook = GainShape(tile.size, draw(st.integers(1, 30)), torch.rand(4, generator=rng) + 0.1)
         else:

@@ -151,3 +151,20 @@ def test_a_layer_of_pyramids_means_what_the_specification_says_and_packs_to_the_
     again = pack(q, torch.float16, "voroq")
     assert again.spec == spec and again.spec.to_json() == PYRAMIDS_JSON
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_same_layer_spelled_out_is_what_the_specification_says():
+    codebook = {"kind": "pulses", "dim": 4, "pulses": [2, 3], "entry": 4}
+    data = {**PYRAMIDS_JSON, "bands": [{**PYRAMIDS_JSON["bands"][0], "codebook": codebook}]}
+    tensors = {
+        "weight_codes": from_bytes(bytes.fromhex("50020000"), "i", torch.int32, 1, 1),
+        "weight_pulses": from_bytes(bytes.fromhex("01F00E00011F0D000000"), "b", torch.int8, 1, 1, 10),
+        "weight_tables": torch.tensor([[[0.5], [0.25]]], dtype=torch.float16),
+        "weight_scales": torch.tensor([[2.0]], dtype=torch.float16),
+        "weight_signs_in": from_bytes(bytes.fromhex("12000000"), "i", torch.int32, 1),
+    }
+    spec = NativeSpec.from_json(data, "m", (3, 5))
+    q = unpack(Packed(spec, tensors))
+    assert q.dequantize().tolist() == [[1, 2, 0.5, -1.5, 0], [0, 0, -0.5, 0, 0], [0, 0, 0, 0, 0]]
+    again = spec.pack(q, torch.float16)
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())

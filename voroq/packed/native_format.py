@@ -21,7 +21,7 @@ from voroq.errors import FormatError
 from voroq.numerics.bits import code_dtype, merge_streams, pack_bits, split_streams, unpack_bits, words_for
 from voroq.packed import base
 from voroq.packed.base import MAX_SIDE, MAX_VECTOR, Fields, Role, Stored, as_int16, from_int16
-from voroq.packed.codebooks import Form, GridForm, form_from_json, form_of
+from voroq.packed.codebooks import Form, GridForm, PulsesForm, form_from_json, form_of
 from voroq.quantized import Band, Quantized, Tile
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.base import Transform
@@ -59,6 +59,9 @@ class Run:
     def layout(self, out: int, suffix: str) -> list[Stored]:
         down, along = self.tile.grid(out, self.count * self.columns)
         stored = [Stored(f"weight_codes{suffix}", (down, words_for(along, self.width)), Role.CODES, (torch.int32,))]
+        if isinstance(self.form, PulsesForm):
+            entries = (self.count, down, self.columns // self.tile.cols * self.form.dim * self.form.entry // 8)
+            stored.append(Stored(f"weight_pulses{suffix}", entries, Role.CODES, (torch.int8,)))
         if self.form.rows:
             table = (self.count, self.form.rows, self.form.columns(self.tile.size))
             stored.append(Stored(f"weight_tables{suffix}", table, Role.TABLE))
@@ -159,6 +162,8 @@ class NativeSpec:
         tensors: dict[str, Tensor] = {}
         for i, (run, at) in enumerate(self._runs_with_start()):
             bands, codes, mark = q.bands[at : at + run.count], q.codes[at : at + run.count], suffix(i)
+            if isinstance(run.form, PulsesForm):
+                tensors[f"weight_pulses{mark}"] = torch.stack([run.form.store(c) for c in codes])
             merged = [merge_streams(c, run.form.widths).to(code_dtype(run.width)) for c in codes]
             tensors[f"weight_codes{mark}"] = pack_bits(torch.cat(merged, dim=1), run.width)
             if run.form.rows:
@@ -243,6 +248,8 @@ def _unpack_run(run: Run, tensors: Mapping[str, Tensor], suffix: str, start: int
     along = run.columns // run.tile.cols
     merged = unpack_bits(tensors[f"weight_codes{suffix}"], run.width, run.count * along)
     codes = split_streams(merged, run.form.widths).split(along, dim=1)
+    if isinstance(run.form, PulsesForm):
+        codes = [run.form.restore(*both) for both in zip(codes, tensors[f"weight_pulses{suffix}"], strict=True)]
     none = [None] * run.count
     tables: list[Float[Tensor, "k _"]] = [torch.empty(0, 1)] * run.count
     if run.form.rows:

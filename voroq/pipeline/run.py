@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 import voroq
+from voroq import native
 from voroq.errors import VoroqError
-from voroq.methods import ONE_SIDED, Method
+from voroq.methods import Method, is_one_sided, is_slow_two_sided
 from voroq.moments import Moments
 from voroq.numerics.linalg import answering
 from voroq.packed.base import Packed, Spec
@@ -74,7 +75,7 @@ def quantize_model(
     `plan` is a method for every site, a `Plan` with rules by name, or a `Budget` of bits per weight. `calibration` is a text file, a
     bundled name or "dataset:NAME" (the bundled mixed text if None), of which `samples` windows of `context` tokens are used.
     `hessian` says what errors are weighed by: input (second moments of each linear's inputs), two-sided (also of the gradients at its
-    outputs, by one backward pass), or auto: two-sided where a method uses it and the model has a head.
+    outputs, by one backward pass), or auto: two-sided where a method uses it and the model has a head (pvq: on the CPU with our kernels).
     `device` is auto, cpu, cuda or a list of devices. `block_tuning` tunes every quantized block towards the original block's output
     on the same inputs, `tuning` the whole quantized model towards the original's logits afterwards (both are then in memory).
     With `resume` an interrupted run goes on; the result has the same bytes.
@@ -94,7 +95,7 @@ def quantize_model(
     if tuning is not None and tuning.steps:
         check_memory(model)
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
-    two_sided = _is_two_sided(model, hessian, ready.methods)
+    two_sided = _is_two_sided(model, hessian, ready.methods, devices)
     check_disk(Path(out), ready.bytes + (_gradient_bytes(model, ready.windows) if two_sided else 0))
     settings = {**ready.settings, "hessian": "two-sided" if two_sided else "input"}
     settings |= {"block_tuning": repr(block_tuning), "tuning": repr(tuning)}
@@ -162,9 +163,11 @@ def _batch(windows: torch.Tensor) -> int:
     return max(1, TOKENS_PER_BATCH // windows.shape[1])
 
 
-def _is_two_sided(model: OpenModel, hessian: str, methods: Sequence[Method]) -> bool:
+def _is_two_sided(model: OpenModel, hessian: str, methods: Sequence[Method], devices: Sequence[torch.device]) -> bool:
     head = model.skeleton.get_output_embeddings() is not None
-    return head and hessian != "input" and not all(isinstance(method, ONE_SIDED) for method in methods)
+    quick = native.library() is not None and all(device.type == "cpu" for device in devices)
+    able = [method for method in methods if not is_one_sided(method) and (quick or hessian != "auto" or not is_slow_two_sided(method))]
+    return head and hessian != "input" and bool(able)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """A run's result is an ordinary folder that loads as the dense model whose weights its shards say, for every architecture."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import voroq
+from voroq import native
 from voroq.codebook.table import Table
 from voroq.experts import Experts
 from voroq.methods import GPTQ, RTN, VPTQ
@@ -17,8 +21,10 @@ from voroq.methods.rtn import grid_slabs
 from voroq.moments import Moments
 from voroq.packed.checkpoint import open_folder
 from voroq.packed.format import bits_per_weight, unpack
+from voroq.pipeline.model import OpenModel
 from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.progress import Silent
+from voroq.pipeline.run import _is_two_sided
 from voroq.pipeline.tiny_models_test import CONFIGS, tiny_model, tiny_tokens
 from voroq.pipeline.tiny_runs_test import LETTERS, QUICK, content, quick_run, tiny_source, two_blocks
 from voroq.quantized import Band, Quantized, Tile
@@ -49,6 +55,23 @@ def dense_twin(model: nn.Module, folder: Path) -> nn.Module:
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=tiny_tokens()).logits
+
+
+def test_pyramids_weigh_outputs_where_that_is_quick_or_asked_for(monkeypatch):
+    """Their search in a metric is the library's; without it, or on another device, `auto` leaves the gradients out."""
+    heads = (SimpleNamespace(get_output_embeddings=lambda it=it: it) for it in (object(), None))
+    with_head, without = (Mock(spec=OpenModel, skeleton=skeleton) for skeleton in heads)
+    cpu, gpu, pvq = torch.device("cpu"), torch.device("cuda:0"), QUICK["pvq"]
+
+    def used(hessian: str, *methods, device: torch.device = cpu, model=with_head) -> bool:
+        return _is_two_sided(model, hessian, methods, (device,))
+
+    monkeypatch.setattr(native, "library", lambda: object())
+    assert used("auto", pvq) and used("auto", QUICK["rtn"], pvq) and not used("input", pvq) and not used("auto", pvq, model=without)
+    assert not used("auto", QUICK["rtn"]) and not used("two-sided", dataclasses.replace(pvq, gains="paper"))
+    assert not used("auto", pvq, device=gpu) and used("two-sided", pvq, device=gpu) and used("auto", QUICK["vptq"], device=gpu)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not used("auto", pvq) and used("two-sided", pvq) and used("auto", QUICK["vptq"])
 
 
 SEEDED = Plan(QUICK["rtn"], (("*.v_proj", QUICK["vptq"]),))

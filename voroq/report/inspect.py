@@ -15,7 +15,7 @@ from voroq.errors import VoroqError
 from voroq.kernels import pick
 from voroq.packed.base import Spec
 from voroq.packed.checkpoint import Folder, open_folder
-from voroq.packed.codebooks import GridForm, PyramidForm
+from voroq.packed.codebooks import GridForm, PulsesForm, PyramidForm
 from voroq.packed.legacy import OldSpec
 from voroq.packed.native_format import NativeSpec, Run
 from voroq.packed.vptq_format import VptqSpec
@@ -152,6 +152,8 @@ def _run(run: Run) -> str:
         return f"{run.form.bits} bit" + (f" g{run.columns}" if run.count > 1 else f" x{run.columns}")
     if isinstance(run.form, PyramidForm):
         return f"{run.tile.rows}x{run.tile.cols} {run.form.kind} {run.width} bits"
+    if isinstance(run.form, PulsesForm):
+        return f"{run.tile.rows}x{run.tile.cols} pulses of {run.form.entry} bits"
     words = "+".join(str(1 << width) for width in run.form.widths)
     return f"{run.tile.rows}x{run.tile.cols} k{words}" + (f" {run.count} groups" if run.count > 1 else "")
 

@@ -14,7 +14,7 @@ so the two-sided loop is the one-sided one (`feedback.py`) inside another: rows 
 in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric. Both take tiles one column
 wide. With G the identity they do what `feedback.feedback` and `descent.descend` do.
 
-On a CPU with the library of kernels, tables in float32 go there, a row of tiles at a time.
+On a CPU with the library of kernels, tables and pyramids in float32 go there, a row of tiles at a time.
 """
 
 import ctypes
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from voroq import native
 from voroq.codebook.base import Codebook
+from voroq.codebook.pyramid import Pulses
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.numerics.linalg import inverse_factor
@@ -73,9 +74,7 @@ def feedback(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[
     return _result(w, h, g[:out, :out], bands, codes, targets[:out])
 
 
-def descend(
-    w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int
-) -> Rounded:
+def descend(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int) -> Rounded:
     """`codes` after at most `sweeps` sweeps over all tiles, each rounded again given all the others; fewer where a sweep moves nothing.
 
     A code moves only where that lowers tr(G E H E^T), so the loss never rises. `targets` are the weights themselves.
@@ -123,10 +122,15 @@ def _feedback_tile(
     rest: Float[Tensor, "v c"], u: Float[Tensor, "c c"], metric: Float[Tensor, "v v"], band: Band, row: int, codes: Int[Tensor, "c s"]
 ) -> Float[Tensor, "v c"]:
     """Round one row of tiles column by column; `rest` becomes the targets, and what comes back is (target - word) / diag(u)."""
-    tables = _tables(band, rest)
+    tables, pulses = _tables(band, rest), _pulses(band, row, rest)
     errors = torch.empty_like(rest)
+    metric = metric.contiguous()
+    if pulses is not None:
+        inverse = _inverse(metric)
+        sides = native.Sides(metric.data_ptr(), inverse.data_ptr(), rest.shape[1])
+        native.call("voroq_feedback_pulses", pulses, sides, u.data_ptr(), rest.data_ptr(), codes.data_ptr(), errors.data_ptr(), -1)
+        return errors
     if tables is not None:
-        metric = metric.contiguous()
         arguments = (tables, metric.data_ptr(), u.data_ptr(), rest.shape[1], rest.data_ptr(), codes.data_ptr(), errors.data_ptr())
         native.call("voroq_feedback_tile", *arguments)
         return errors
@@ -147,14 +151,20 @@ def _descend_tile(
     codes: Int[Tensor, "c s"],
 ) -> int:
     """One sweep along a row of tiles; `error`, a view, and `codes` move in place. `pull` is G E H there. The number of moves."""
-    inverse = torch.linalg.inv(metric.double()).to(metric.dtype).contiguous()
-    tables = _tables(band, pull)
-    if tables is not None:
-        metric, left, moves = metric.contiguous(), error.contiguous(), ctypes.c_int64(0)
-        arguments = (metric.data_ptr(), inverse.data_ptr(), h.data_ptr(), pull.shape[1], pull.data_ptr(), left.data_ptr(), codes.data_ptr())
-        native.call("voroq_descend_tile", tables, *arguments, ctypes.byref(moves))
+    metric = metric.contiguous()
+    inverse = _inverse(metric)
+    tables, pulses = _tables(band, pull), _pulses(band, row, pull)
+    if tables is not None or pulses is not None:
+        left, count = error.contiguous(), ctypes.c_int64(0)
+        moving = (pull.data_ptr(), left.data_ptr(), codes.data_ptr())
+        if pulses is not None:
+            sides = native.Sides(metric.data_ptr(), inverse.data_ptr(), pull.shape[1])
+            native.call("voroq_descend_pulses", pulses, sides, h.data_ptr(), *moving, ctypes.byref(count), -1)
+        else:
+            given = (metric.data_ptr(), inverse.data_ptr(), h.data_ptr(), pull.shape[1])
+            native.call("voroq_descend_tile", tables, *given, *moving, ctypes.byref(count))
         error.copy_(left)
-        return moves.value
+        return count.value
     moves = 0
     for j in range(pull.shape[1]):
         old = _decode(band, row, codes[j : j + 1])
@@ -206,12 +216,24 @@ def _tables(band: Band, v: Tensor) -> object | None:
     )
 
 
+def _pulses(band: Band, row: int, v: Tensor) -> native.Union | None:
+    """The words of the band's pyramids in its `row`-th row of tiles as the library of kernels takes them, or None where it does not."""
+    book: Codebook = band.codebook
+    if not isinstance(book, Pulses) or not book.is_native(v) or book.scales.dtype != torch.float32:
+        return None
+    return native.union(book.dim, book.pulses, book.scales if band.scale is None else book.scales * band.scale[row])
+
+
+def _inverse(metric: Float[Tensor, "v v"]) -> Float[Tensor, "v v"]:
+    return torch.linalg.inv(metric.double()).to(metric.dtype).contiguous()
+
+
 def _room(band: Band, rows: int) -> Int[Tensor, "rows cols s"]:
     if band.tile.cols != 1 or band.zero is not None:
         raise ValueError(f"two-sided rounding takes tiles one column wide without zero points, got {band.tile}")
     shape = (rows // band.tile.rows, band.stop - band.start, len(band.codebook.widths))
     device = next(iter(band.codebook.tensors().values())).device
-    return torch.zeros(shape, dtype=torch.long, device=device)
+    return torch.zeros(shape, dtype=torch.int16 if isinstance(band.codebook, Pulses) else torch.long, device=device)
 
 
 def _padded(w: Matrix, g: Float[Tensor, "out out"], rows: int) -> tuple[Float[Tensor, "m in"], Float[Tensor, "m m"]]:
@@ -222,8 +244,6 @@ def _padded(w: Matrix, g: Float[Tensor, "out out"], rows: int) -> tuple[Float[Te
     return torch.nn.functional.pad(w, (0, 0, 0, rows - out)).clone(), weights
 
 
-def _result(
-    w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], targets: Matrix
-) -> Rounded:
+def _result(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], targets: Matrix) -> Rounded:
     made = torch.cat([band.decode(part, w.shape[0]) for band, part in zip(bands, codes, strict=True)], dim=1)
     return Rounded(tuple(bands), tuple(codes), kronecker_loss(w - made, h, g), targets)

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from voroq import native
+from voroq.codebook import pyramid
+from voroq.codebook.presets import preset
+from voroq.codebook.pyramid import Pulses
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.numerics.linalg import inverse_factor, proxy_loss
@@ -45,15 +48,25 @@ BANDS = {
 }
 
 
+def pulses(dim: int) -> Pulses:
+    return Pulses(dim, (2, 4, 3), torch.tensor([0.8, 0.6, 1.1], dtype=torch.float64))
+
+
+PYRAMIDS = {
+    "pyramids": lambda: [Band(0, IN, Tile(4, 1), pulses(4))],
+    "pyramids, scaled": lambda: [Band(0, IN, Tile(4, 1), pulses(4), scale=torch.linspace(0.5, 1.5, 3, dtype=torch.float64))],
+}
+
+
 def made(done) -> torch.Tensor:
     return torch.cat([band.decode(codes, OUT) for band, codes in zip(done.bands, done.codes, strict=True)], dim=1)
 
 
 @pytest.mark.parametrize("lazy", [1, 128])
-@pytest.mark.parametrize("name", ["4x1", "3x1 in two groups", "2x1 before 4x1", "residual", "scaled"])
+@pytest.mark.parametrize("name", ["4x1", "3x1 in two groups", "2x1 before 4x1", "residual", "scaled", *PYRAMIDS])
 def test_the_losses_of_row_blocks_sum_to_the_loss(name: str, lazy: int):
     w, h, g = problem()
-    done = kronecker.feedback(w, h, g, BANDS[name](), lazy=lazy)
+    done = kronecker.feedback(w, h, g, (BANDS | PYRAMIDS)[name](), lazy=lazy)
     height = {"3x1 in two groups": 3}.get(name, 4)
     u, v = inverse_factor(h), inverse_factor(g)
     left = (done.targets - made(done)) / u.diagonal()
@@ -82,9 +95,10 @@ def test_with_independent_rows_it_is_the_one_sided_sweep(name: str):
         assert all(torch.equal(a, b) for a, b in zip(settled.codes, again.codes, strict=True))
 
 
-def test_it_beats_the_one_sided_sweep_in_its_own_metric():
+@pytest.mark.parametrize("name", ["4x1", *PYRAMIDS])
+def test_it_beats_the_one_sided_sweep_in_its_own_metric(name: str):
     w, h, g = problem()
-    bands = BANDS["4x1"]()
+    bands = (BANDS | PYRAMIDS)[name]()
     two, one = kronecker.feedback(w, h, g, bands), one_sided.feedback(w, h, bands)
     delta = w - made(one)
     assert float(two.loss.sum()) < float(torch.trace(g @ delta @ h @ delta.T))
@@ -111,6 +125,44 @@ def test_descent_never_raises_the_loss_and_ends_where_no_single_code_can_lower_i
                 codes[at][row, 1, 0] = word
                 delta = w - torch.cat([b.decode(c, OUT) for b, c in zip(bands, codes, strict=True)], dim=1)
                 assert float(torch.trace(g @ delta @ h @ delta.T)) >= last - 1e-3 * last  # padding rows count a little too
+
+
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_descent_over_pyramids_never_raises_the_loss_and_settles(name: str):
+    w, h, g = problem()
+    bands = PYRAMIDS[name]()
+    done = kronecker.feedback(w, h, g, bands)
+    first = last = float(done.loss.sum())
+    for _ in range(10):
+        done = kronecker.descend(w, h, g, bands, done.codes, sweeps=1)
+        assert float(done.loss.sum()) <= last + 1e-9
+        last = float(done.loss.sum())
+    again = kronecker.descend(w, h, g, bands, done.codes, sweeps=1)
+    assert last < first and torch.equal(again.codes[0], done.codes[0])
+
+
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_with_independent_rows_pyramids_are_the_one_sided_sweep(name: str):
+    """A metric that is a multiple of the identity: the best point of a level is its projection, and the best level the nearest."""
+    w, h, _ = problem()
+    bands = PYRAMIDS[name]()
+    two, one = kronecker.feedback(w, h, torch.eye(OUT, dtype=torch.float64), bands), one_sided.feedback(w, h, bands)
+    assert torch.equal(two.codes[0], one.codes[0].to(two.codes[0])) and torch.allclose(two.targets, one.targets)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the library of kernels is not built")
+@pytest.mark.parametrize(("dim", "width", "out"), [(8, 16, 24), (8, 24, 20), (16, 32, 32), (16, 52, 40)])
+def test_the_library_and_torch_find_the_same_pulses(dim: int, width: int, out: int, monkeypatch: pytest.MonkeyPatch):
+    w, h, g = (t.float() for t in problem(out))
+    bands = [Band(0, IN, Tile(dim, 1), preset(dim, width).spelled, scale=torch.linspace(0.8, 1.2, -(-out // dim)))]
+    fast = kronecker.feedback(w, h, g, bands)
+    swept = kronecker.descend(w, h, g, bands, fast.codes, sweeps=3)
+    monkeypatch.setattr(pyramid, "is_native", lambda v: False)
+    slow = kronecker.feedback(w, h, g, bands)
+    assert torch.equal(fast.codes[0], slow.codes[0])
+    assert torch.allclose(fast.targets, slow.targets, atol=1e-4)
+    twin = kronecker.descend(w, h, g, bands, fast.codes, sweeps=3)
+    assert torch.equal(swept.codes[0], twin.codes[0]) and not torch.equal(swept.codes[0], fast.codes[0])
 
 
 @pytest.mark.skipif(native.library() is None, reason="the library of kernels is not built")

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from voroq.numerics.linalg import damped
 from voroq.quantized import Band, Tile
 from voroq.rounding import descent, feedback, kronecker
 from voroq.rounding.feedback import Rounded
@@ -37,3 +38,9 @@ class Metric:
         if self.g is None:
             return along.repeat(-(-out // tile.rows))
         return tile.cut(torch.outer(self.g.diagonal(), along)).mean(1)
+
+
+def outputs_metric(second: Float[Tensor, "out out"], damping: float) -> tuple[Float[Tensor, "out out"], tuple[str, ...]]:
+    """`second` moments of gradients as the G of a `Metric`, of mean diagonal 1 and damped; and notes on what that took."""
+    g, notes = damped(second / second.diagonal().mean().clamp_min(1e-30), damping)
+    return g, tuple(f"outputs: {note}" for note in notes)

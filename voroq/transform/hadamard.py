@@ -35,6 +35,10 @@ class Hadamard:
     def hessian(self, h: Square) -> Square:
         return rotate(rotate(h, self.input).T, self.input).T
 
+    def outputs(self, g: Float[Tensor, "out out"]) -> Float[Tensor, "out out"]:
+        """`g` such that tr(G E H E^T) of an error is unchanged."""
+        return g if self.output is None else rotate(rotate(g, self.output).T, self.output).T
+
     def restore(self, w: Matrix) -> Matrix:
         w = unrotate(w, self.input)
         return w if self.output is None else unrotate(w.T, self.output).T

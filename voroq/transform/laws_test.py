@@ -69,6 +69,14 @@ def test_proxy_loss_is_the_same_on_both_sides(t: str):
     torch.testing.assert_close(proxy_loss(outside, h).sum(), proxy_loss(error, t.hessian(h)).sum())
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_hadamard_takes_the_metric_of_the_outputs_along(both: bool):
+    t, w, error, x, y = Hadamard.random((OUT, IN), rng(7), both=both), matrix(3), matrix(5), matrix(6, rows=40), matrix(9, rows=40)
+    h, g = x.T @ x, y[:, :OUT].T @ y[:, :OUT]
+    outside = w - t.restore(t.weight(w) - error)
+    torch.testing.assert_close(torch.trace(g @ outside @ h @ outside.T), torch.trace(t.outputs(g) @ error @ t.hessian(h) @ error.T))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_row_scales_scale_the_loss_of_each_row(name: str):
     t, w, error, x = ROWS[name](), matrix(3), matrix(5), matrix(6, rows=40)

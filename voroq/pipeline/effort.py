@@ -31,8 +31,8 @@ class Effort:
         return self.allocate and isinstance(plan, Budget)
 
 
-_BALANCED = Tuning(steps=120, batch=4, rate=0.01, moves=0.02, move_rate=0.01, guide=1.0)
-_BEST = replace(_BALANCED, steps=1000, move_rate=0.0045)
+_BALANCED = Tuning(steps=120, batch=4, rate=0.01, moves=0.02, move_rate=0.01, guide=1.0, head_rate=0.0005)
+_BEST = replace(_BALANCED, steps=1800, move_rate=0.0034)
 
 EFFORTS = {
     "fast": Effort(),

@@ -80,8 +80,8 @@ def tune(
 ) -> Tuned:
     """Tune `student`, whose quantized linears are `Trainable`s, towards `original`, and say what became of its parameters.
 
-    Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned. `blocks` are the names of the models' blocks
-    in order, whose outputs guide where `tuning` says so. `state` is the file the progress is
+    Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned, and the head where it has a rate. `blocks`
+    are the names of the models' blocks in order, whose outputs guide where `tuning` says so. `state` is the file the progress is
     saved to and continued from. Raises VoroqError where the loss stops being finite.
     """
     device = next(original.parameters()).device
@@ -89,6 +89,8 @@ def tune(
     sites = _trainables(student)
     own = tuple(f"{name}.stored." for name in sites)
     plain = {name: p for name, p in student.named_parameters() if p.dim() == 1 and name in free and not name.startswith(own)}
+    if tuning.head_rate:
+        plain |= _head(student, free)
 
     def loss(rows: Int[Tensor, "w"]) -> Tensor:
         tokens = windows[rows].to(device)
@@ -161,6 +163,17 @@ def student_of(original: nn.Module, sites: Mapping[str, Quantized], whole: Calla
         if p.dim() > 1 and name in theirs:
             p.data = theirs[name].data
     return student
+
+
+def _head(student: nn.Module, free: frozenset[str]) -> dict[str, nn.Parameter]:
+    """The matrix of the head, if it is among `free` and nothing else is made of it; a copy, since students share what does not train."""
+    head = student.get_output_embeddings()
+    named = {name: p for name, p in student.named_parameters() if p is getattr(head, "weight", None) and name in free}
+    if head is None or student.get_input_embeddings().weight is head.weight:
+        return {}
+    for p in named.values():
+        p.data = p.data.clone()
+    return named
 
 
 def _trainables(student: nn.Module) -> dict[str, Trainable]:

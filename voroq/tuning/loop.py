@@ -43,6 +43,8 @@ class Tuning:
     """largest step of tables and scales, relative to their root mean square"""
     norm_rate: float = 0.002
     """the same of norms and biases"""
+    head_rate: float = 0.0
+    """the same of the head, where it is a matrix of its own; 0 = it stands still"""
     moves: float = 0.0
     """fraction of the codes that may move at a time; 0 = codes stand still"""
     move_rate: float = 0.03
@@ -54,7 +56,7 @@ class Tuning:
 
     def __post_init__(self) -> None:
         bounds = {"steps": (0, 1_000_000), "samples": (2, 1_000_000), "batch": (1, 65536)}
-        bounds |= dict.fromkeys(("rate", "norm_rate", "moves", "move_rate"), (0, 1))
+        bounds |= dict.fromkeys(("rate", "norm_rate", "head_rate", "moves", "move_rate"), (0, 1))
         bounds["guide"] = (0, 1000)
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
@@ -81,7 +83,7 @@ class Loop:
     """Parameters, their Adam moments, the step, and the best parameters so far.
 
     sites    the quantized linears, whose stored parameters are tuned
-    plain    other parameters that are
+    plain    other parameters that are; matrices among them at the rate of the head
     loss     mean loss of some windows, given as indices; it is called with at most `at_once` of them
     windows  indices to train on, indices to choose by
     guided   the loss to train on, where it is not the one to choose by
@@ -107,7 +109,7 @@ class Loop:
         groups = []
         for name, p in self.parameters.items():
             p.requires_grad_(True)
-            rate = tuning.norm_rate if name in plain else tuning.rate
+            rate = tuning.rate if name not in plain else tuning.norm_rate if p.dim() == 1 else tuning.head_rate
             groups.append({"params": [p], "base": rate * float(p.detach().square().mean().sqrt().clamp_min(1e-8))})
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.step = 0

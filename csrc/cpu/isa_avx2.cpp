@@ -5,5 +5,5 @@ namespace voroq {
 namespace avx2_only {
 #include "kernels.inc"
 }
-const Kernels avx2 = {avx2_only::product, avx2_only::decode, avx2_only::widen, avx2_only::nearest, avx2_only::project};
+const Kernels avx2 = {avx2_only::product, avx2_only::decode, avx2_only::widen, avx2_only::nearest, avx2_only::project, 8};
 }  // namespace voroq

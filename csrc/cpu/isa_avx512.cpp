@@ -5,5 +5,5 @@ namespace voroq {
 namespace avx512_only {
 #include "kernels.inc"
 }
-const Kernels avx512 = {avx512_only::product, avx512_only::decode, avx512_only::widen, avx512_only::nearest, avx512_only::project};
+const Kernels avx512 = {avx512_only::product, avx512_only::decode, avx512_only::widen, avx512_only::nearest, avx512_only::project, 16};
 }  // namespace voroq

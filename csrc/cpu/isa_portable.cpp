@@ -5,5 +5,5 @@ namespace voroq {
 namespace portable_only {
 #include "kernels.inc"
 }
-const Kernels portable = {portable_only::product, portable_only::decode, portable_only::widen, portable_only::nearest, portable_only::project};
+const Kernels portable = {portable_only::product, portable_only::decode, portable_only::widen, portable_only::nearest, portable_only::project, 8};
 }  // namespace voroq

@@ -6,12 +6,15 @@ namespace voroq {
 
 constexpr int MOST = 8;  // rows of x at a time
 
+// Codes of a grid in a unit: those that a lane of 32 bits takes.
+static constexpr int grid_codes(int bits) { return bits <= 4 ? 8 : 4; }
+
 // A band with its tables made ready: entries of `lanes` floats (or of the stored type where `half`), zero beyond the tile.
 struct Ready {
     Band band;
     const void* table;
     const void* residual;    // always floats
-    const float* x;          // tiles down: [in][batch]; tiles along: [tile][batch][lanes]; grid: [batch][in]
+    const float* x;          // tiles down: [in][batch]; tiles along: [tile][batch][lanes]; grid: [chunk][code of a unit][batch][lanes]
     const float* sums;       // grid: sum of x over the band [batch]
     int lanes;
     int half;                // Real of `table`
@@ -66,6 +69,7 @@ struct Kernels {
     void (*nearest)(const Index& index, const float* v, int64_t n, int64_t* best);
     // The nearest of the words scales[level] * y.
     void (*project)(const Union& words, const float* v, int64_t n, int64_t* level, float* y);
+    int lanes;  // floats of its widest vectors
 };
 
 extern const Kernels portable;

@@ -15,7 +15,6 @@ import types
 
 import torch
 
-
 SECONDS = 5
 """After which no further round begins: some peers take a second for a product."""
 

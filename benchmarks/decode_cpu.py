@@ -167,7 +167,7 @@ def peers(shapes: tuple[tuple[int, int], ...], repeats: int) -> list[dict]:
 
 def main() -> None:
     args = arguments(__doc__).parse_args()
-    shapes, repeats = (((512, 512),), 1) if args.quick else (SHAPES, 10)
+    shapes, repeats = (((512, 512),), 1) if args.quick else (SHAPES, 5)
     rows = [*matrices(shapes, repeats), *models(1 if args.quick else 5, 4 if args.quick else 32), *writing(min(repeats, 5))]
     rows += peers(shapes, repeats)
     publish("decoding on the CPU", rows, args, kernels=native.isas(), copy_bandwidth=copy_bandwidth(torch.device("cpu")))

@@ -15,7 +15,7 @@ import types
 
 import torch
 
-SECONDS = 5
+SECONDS = 2
 """After which no further round begins: some peers take a second for a product."""
 
 

@@ -7,12 +7,16 @@ through `generate`; and one whose blocks have 186 M weights, by calling it token
 `ms` are the least of several rounds in which all take turns; `ratio` is the time of dense bfloat16 in the same process, over that: above 1
 is faster. The peers (official VPTQ in torch, AQLM's CPU kernel, llama.cpp, GPTQModel) live in an environment of their own, which
 `make .venv-peers/installed` makes; `benchmarks/peers_cpu.py` runs there, with a dense bfloat16 row of its own to compare with. One that is
-not there is named, with the reason. Threads: as many as torch takes (OMP_NUM_THREADS).
+not there is named, with the reason. Threads: as many as torch takes (OMP_NUM_THREADS). Where other work runs beside, `--cpu-time` counts
+one thread's own time instead, without the rows through `generate`:
+
+    OMP_NUM_THREADS=1 python benchmarks/decode_cpu.py --cpu-time --shape 14336x4096
 """
 
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -45,6 +49,7 @@ LLAMA = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16
          "vocab_size": 8192, "max_position_embeddings": 512}  # fmt: skip
 LLAMA_NAME = "Llama of 186 M"
 PROMPT, NEW = 64, 32
+Clock = Callable[[], float]
 PEERS = Path(".venv-peers/bin/python")
 
 
@@ -65,7 +70,7 @@ def settings(out: int, columns: int) -> dict[str, Spec]:
     }
 
 
-def matrices(shapes: tuple[tuple[int, int], ...], repeats: int) -> list[dict]:
+def matrices(shapes: tuple[tuple[int, int], ...], repeats: int, clock: Clock) -> list[dict]:
     rows = []
     for out, columns in shapes:
         packed = {name: random_packed(spec, torch.bfloat16) for name, spec in settings(out, columns).items()}
@@ -79,7 +84,7 @@ def matrices(shapes: tuple[tuple[int, int], ...], repeats: int) -> list[dict]:
             works |= {name: partial(matmul, x, p) for name, p in packed.items()}
             if batch == LONG:
                 works |= {f"{name}{HALF}": partial(matmul, x16, p) for name, p in packed.items()}
-            for name, took in (found := in_turns(works, repeats)).items():
+            for name, took in (found := in_turns(works, min(repeats, 2) if batch == LONG else repeats, clock)).items():
                 rows.append(row(f"{out} x {columns}", batch, name, bits[name.removesuffix(HALF)], took, found["dense bfloat16"]))
     return rows
 
@@ -106,7 +111,7 @@ def models(repeats: int, new: int) -> list[dict]:
     return rows
 
 
-def writing(repeats: int) -> list[dict]:
+def writing(repeats: int, clock: Clock) -> list[dict]:
     """Seconds of a token of the prompt, and of the fastest step after it, of a model with random weights; all in bfloat16."""
     names = (None, "v8 k256+256", "v6 k4096", "grid 2 bit g128", "grid 4 bit g128", "pyramids 2 bit 16x1")
     opened = {name or "dense bfloat16": filled(random_llama(), name) if name else random_llama() for name in names}
@@ -114,7 +119,7 @@ def writing(repeats: int) -> list[dict]:
     best = {name: [float("inf")] * 2 for name in opened}
     for _ in range(repeats):
         for name, model in opened.items():
-            best[name] = [min(pair) for pair in zip(best[name], speak(model), strict=True)]
+            best[name] = [min(pair) for pair in zip(best[name], speak(model, clock), strict=True)]
     rows = []
     for name, times in best.items():
         for kind, took, base in zip(("prefill", "decode"), times, best["dense bfloat16"], strict=True):
@@ -134,14 +139,14 @@ def random_llama() -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def speak(model: torch.nn.Module) -> tuple[float, float]:
+def speak(model: torch.nn.Module, clock: Clock) -> tuple[float, float]:
     """Seconds per token of a prompt of random tokens, and of the fastest token after it."""
     tokens = torch.randint(0, LLAMA["vocab_size"], (1, PROMPT + NEW), generator=torch.Generator().manual_seed(0))
     cache, took = DynamicCache(), []
     for part in (tokens[:, :PROMPT], *tokens[:, PROMPT:].split(1, dim=1)):
-        begun = time.perf_counter()
+        begun = clock()
         model(part, past_key_values=cache, logits_to_keep=1)
-        took.append(time.perf_counter() - begun)
+        took.append(clock() - begun)
     return took[0] / PROMPT, min(took[1:])
 
 
@@ -154,10 +159,10 @@ def filled(model: torch.nn.Module, name: str) -> torch.nn.Module:
     return model
 
 
-def peers(shapes: tuple[tuple[int, int], ...], repeats: int) -> list[dict]:
+def peers(shapes: tuple[tuple[int, int], ...], repeats: int, cpu_time: bool) -> list[dict]:
     if not PEERS.exists():
         return [row("peers", 0, "all", None, None, None, f"{PEERS} is missing: make .venv-peers/installed")]
-    job = {"shapes": shapes, "batches": BATCHES, "repeats": min(repeats, 3)}
+    job = {"shapes": shapes, "batches": BATCHES, "repeats": min(repeats, 3), "cpu_time": cpu_time}
     job |= {"what": LLAMA_NAME, "llama": LLAMA, "prompt": PROMPT, "new": NEW}
     done = subprocess.run([PEERS, Path(__file__).with_name("peers_cpu.py"), json.dumps(job)], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -166,11 +171,21 @@ def peers(shapes: tuple[tuple[int, int], ...], repeats: int) -> list[dict]:
 
 
 def main() -> None:
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--cpu-time", action="store_true", help="the CPU time of one thread; needs OMP_NUM_THREADS=1")
+    parser.add_argument("--shape", action="append", metavar="OUTxIN", help="instead of the three shapes; repeatable")
+    args = parser.parse_args()
+    if args.cpu_time and torch.get_num_threads() > 1:
+        parser.error("--cpu-time sees one thread only: set OMP_NUM_THREADS=1")
     shapes, repeats = (((512, 512),), 1) if args.quick else (SHAPES, 5)
-    rows = [*matrices(shapes, repeats), *models(1 if args.quick else 5, 4 if args.quick else 32), *writing(min(repeats, 5))]
-    rows += peers(shapes, repeats)
-    publish("decoding on the CPU", rows, args, kernels=native.isas(), copy_bandwidth=copy_bandwidth(torch.device("cpu")))
+    if args.shape:
+        shapes = tuple(tuple(int(side) for side in shape.split("x")) for shape in args.shape)
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    rows = matrices(shapes, repeats, clock)
+    rows += [] if args.cpu_time else models(repeats, 4 if args.quick else 32)
+    rows += writing(min(repeats, 2), clock) + peers(shapes, repeats, args.cpu_time)
+    copied = copy_bandwidth(torch.device("cpu"))
+    publish("decoding on the CPU", rows, args, kernels=native.isas(), copy_bandwidth=copied, cpu_time=args.cpu_time)
 
 
 if __name__ == "__main__":

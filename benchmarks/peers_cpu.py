@@ -1,6 +1,6 @@
 """The peers of `decode_cpu.py`, in an environment of their own where voroq is not installed (`make .venv-peers/installed`).
 
-    python peers_cpu.py '{"shapes": [[4096, 4096]], "batches": [1], "repeats": 5, "llama": {...}, ...}'      JSON rows in the last line
+    python peers_cpu.py '{"shapes": [[4096, 4096]], "batches": [1], "repeats": 5, ...}'      JSON rows in the last line
 
 Every peer is measured in turns with dense bfloat16; weights are random. A peer that cannot be had says why.
 """
@@ -19,16 +19,20 @@ SECONDS = 2
 """After which no further round begins: some peers take a second for a product."""
 
 
-def in_turns(works, repeats):
+def in_turns(works, repeats, clock):
     best, start = dict.fromkeys(works, float("inf")), time.perf_counter()
     for rounds in range(repeats + 1):
         if rounds > 1 and time.perf_counter() - start > SECONDS:
             break
         for name, work in works.items():
-            begun = time.perf_counter()
+            begun = clock()
             work()
-            best[name] = min(best[name], time.perf_counter() - begun)
+            best[name] = min(best[name], clock() - begun)
     return best
+
+
+def clock_of(job):
+    return time.thread_time if job["cpu_time"] else time.perf_counter
 
 
 def official_vptq(out, columns, main, residual):
@@ -101,7 +105,7 @@ def matrices(job):
                     x16 = x.bfloat16()
                     with torch.inference_mode(), contextlib.redirect_stdout(sys.stderr):
                         works = {"dense": lambda x=x16, w=dense: x @ w.T, "peer": lambda x=x, m=module: m(x)}
-                        found = in_turns(works, job["repeats"])
+                        found = in_turns(works, job["repeats"], clock_of(job))
                     rows.append(row(f"{out} x {columns}", batch, name, bits, found["peer"], found["dense"]))
             except Exception as problem:  # a peer's failure is a row, not the end
                 rows.append(row(f"{out} x {columns}", 0, name, bits, None, None, f"{type(problem).__name__}: {problem}"[:200]))
@@ -110,7 +114,7 @@ def matrices(job):
 
 def models(job):
     """llama.cpp on a model of the given shape; `dense` is its own bfloat16."""
-    given = (job["llama"], job["prompt"], job["new"], job["repeats"], torch.get_num_threads())
+    given = (job["llama"], job["prompt"], job["new"], job["repeats"], torch.get_num_threads(), clock_of(job))
     try:
         found = importlib.import_module("peers_llama").rows(*given)
     except Exception as problem:

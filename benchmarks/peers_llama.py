@@ -7,7 +7,6 @@ them. Embedding and head stay in bfloat16, as in the models compared with.
 import contextlib
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import gguf
@@ -20,10 +19,10 @@ SCALES = {"Q4_0": (0, 1), "Q2_K": (80, 2), "IQ2_XS": (0, 1)}
 """Byte of a block where its float16 scales begin, and how many there are (ggml-common.h)."""
 
 
-def rows(shape, prompt, new, repeats, threads):
+def rows(shape, prompt, new, repeats, threads, clock):
     """[format, bits, seconds per prompt token, seconds per new token] of every format, measured in turns."""
     with tempfile.TemporaryDirectory() as folder, quiet():
-        models = {name: Model(write(Path(folder) / f"{name}.gguf", shape, name), prompt + new, threads) for name in FORMATS}
+        models = {name: Model(write(Path(folder) / f"{name}.gguf", shape, name), prompt + new, threads, clock) for name in FORMATS}
         best = {name: [float("inf"), float("inf")] for name in FORMATS}
         for _ in range(repeats):
             for name, model in models.items():
@@ -32,7 +31,8 @@ def rows(shape, prompt, new, repeats, threads):
 
 
 class Model:
-    def __init__(self, path, positions, threads):
+    def __init__(self, path, positions, threads, clock):
+        self.clock = clock
         settings = llama_cpp.llama_model_default_params()
         self.model = llama_cpp.llama_load_model_from_file(str(path).encode(), settings)
         context = llama_cpp.llama_context_default_params()
@@ -50,12 +50,12 @@ class Model:
         return took[0] / prompt, min(took[1:])
 
     def feed(self, tokens):
-        begun = time.perf_counter()
+        begun = self.clock()
         held = (llama_cpp.llama_token * len(tokens))(*tokens)  # a batch only points to it
         if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(held, len(tokens))):
             raise RuntimeError("llama.cpp refused a batch")
         llama_cpp.llama_get_logits(self.context)
-        return time.perf_counter() - begun
+        return self.clock() - begun
 
 
 def write(path, shape, name):

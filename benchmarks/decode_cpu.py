@@ -8,12 +8,13 @@ through `generate`; and one whose blocks have 186 M weights, by calling it token
 is faster. The peers (official VPTQ in torch, AQLM's CPU kernel, llama.cpp, GPTQModel) live in an environment of their own, which
 `make .venv-peers/installed` makes; `benchmarks/peers_cpu.py` runs there, with a dense bfloat16 row of its own to compare with. One that is
 not there is named, with the reason. Threads: as many as torch takes (OMP_NUM_THREADS). Where other work runs beside, `--cpu-time` counts
-one thread's own time instead, without the rows through `generate`:
+the CPU time of the whole process instead (peers start threads of their own), without the rows through `generate`:
 
     OMP_NUM_THREADS=1 python benchmarks/decode_cpu.py --cpu-time --shape 14336x4096
 """
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -164,7 +165,9 @@ def peers(shapes: tuple[tuple[int, int], ...], repeats: int, cpu_time: bool) -> 
         return [row("peers", 0, "all", None, None, None, f"{PEERS} is missing: make .venv-peers/installed")]
     job = {"shapes": shapes, "batches": BATCHES, "repeats": min(repeats, 3), "cpu_time": cpu_time}
     job |= {"what": LLAMA_NAME, "llama": LLAMA, "prompt": PROMPT, "new": NEW}
-    done = subprocess.run([PEERS, Path(__file__).with_name("peers_cpu.py"), json.dumps(job)], capture_output=True, text=True, check=False)
+    held = {name: str(torch.get_num_threads()) for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")}  # numba asks for every core else
+    command = [PEERS, Path(__file__).with_name("peers_cpu.py"), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | held)
     if done.returncode:
         return [row("peers", 0, "all", None, None, None, done.stderr.strip().splitlines()[-1])]
     return [row(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
@@ -172,15 +175,15 @@ def peers(shapes: tuple[tuple[int, int], ...], repeats: int, cpu_time: bool) -> 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--cpu-time", action="store_true", help="the CPU time of one thread; needs OMP_NUM_THREADS=1")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of the process; needs OMP_NUM_THREADS=1")
     parser.add_argument("--shape", action="append", metavar="OUTxIN", help="instead of the three shapes; repeatable")
     args = parser.parse_args()
     if args.cpu_time and torch.get_num_threads() > 1:
-        parser.error("--cpu-time sees one thread only: set OMP_NUM_THREADS=1")
+        parser.error("--cpu-time adds up all threads, so there must be one: set OMP_NUM_THREADS=1")
     shapes, repeats = (((512, 512),), 1) if args.quick else (SHAPES, 5)
     if args.shape:
         shapes = tuple(tuple(int(side) for side in shape.split("x")) for shape in args.shape)
-    clock = time.thread_time if args.cpu_time else time.perf_counter
+    clock = time.process_time if args.cpu_time else time.perf_counter
     rows = matrices(shapes, repeats, clock)
     rows += [] if args.cpu_time else models(repeats, 4 if args.quick else 32)
     rows += writing(min(repeats, 2), clock) + peers(shapes, repeats, args.cpu_time)

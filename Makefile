@@ -51,7 +51,7 @@ $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --upgrade pip
 	.venv-peers/bin/python -m pip install --quiet -r benchmarks/peers.txt
-	.venv-peers/bin/python -m pip install --quiet --no-deps 'vptq==0.0.5.post1' 'aqlm==1.1.7'
+	.venv-peers/bin/python -m pip install --quiet --no-deps 'vptq==0.0.5.post1' 'aqlm==1.1.7' 'gptqmodel==7.7.0'
 	-.venv-peers/bin/python -m pip install --quiet llama-cpp-python
 	touch $@
 

@@ -111,5 +111,5 @@ class QuantLinear(nn.Module):
             self.register_parameter(leaf, parameter)
 
     def _get(self, name: str) -> Tensor:
-        head, _, leaf = name.rpartition(".")
-        return self.get_submodule(head)() if head else self.get_parameter(leaf)
+        head, dot, _ = name.partition(".")
+        return self._modules[head]() if dot else self._parameters[name]

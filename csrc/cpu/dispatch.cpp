@@ -138,7 +138,10 @@ constexpr int64_t SMALL = 4096;
 
 Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool widen) {
     Ready r{band, nullptr, nullptr, nullptr, nullptr, 0, F32};
-    if (band.kind == GRID) return r;
+    if (band.kind == GRID) {
+        r.lanes = band.along > 8 * grid_codes(band.bits) ? kernels.lanes : 8;
+        return r;
+    }
     const int64_t size = int64_t(band.rows) * band.cols, entries = int64_t(1) << band.bits;
     if (band.kind == PYRAMID || band.kind == PULSES) {
         const auto* pyramid = static_cast<const Pyramid*>(band.pyramid);
@@ -204,13 +207,12 @@ std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Produ
 // B rows of x, as the kernels read them: stored column order, scaled. Rows past the batch are zero.
 struct Inputs {
     float* by_column;    // [in][B]
-    float* by_row;       // [B][in]
     float shift[MOST];   // sum of x * shift, of all columns
     float all[MOST];     // sum of x
 };
 
 Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_t first, int B) {
-    Inputs to{scratch.take(p.in * B), nullptr, {}, {}};
+    Inputs to{scratch.take(p.in * B), {}, {}};
     const int64_t rows = std::min<int64_t>(B, p.batch - first);
     const float* scale = floats(scratch, kernels, p.scale, p.real, p.in);
     const float* shift = floats(scratch, kernels, p.shift, p.real, p.in);
@@ -232,18 +234,22 @@ Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_
     return to;
 }
 
-void point(Scratch& scratch, const Product& p, Inputs& in, Ready& r, int B) {
+void point(Scratch& scratch, const Inputs& in, Ready& r, int B) {
     const Band& band = r.band;
     if (band.kind == GRID) {
-        if (!in.by_row) {
-            in.by_row = scratch.take(p.in * B);
-            for (int64_t c = 0; c < p.in; ++c)
-                for (int b = 0; b < B; ++b) in.by_row[b * p.in + c] = in.by_column[c * B + b];
-        }
-        float* sums = scratch.take(B);
-        for (int b = 0; b < B; ++b) sums[b] = std::accumulate(in.by_row + b * p.in + band.column, in.by_row + b * p.in + band.column + band.along, 0.0f);
+        const int64_t codes = grid_codes(band.bits), wide = r.lanes * codes, chunks = (band.along + wide - 1) / wide;
+        float *x = scratch.take(chunks * wide * B), *sums = scratch.take(B);
+        std::fill(sums, sums + B, 0.0f);
+        for (int64_t chunk = 0, c = 0; chunk < chunks; ++chunk)
+            for (int64_t lane = 0; lane < r.lanes; ++lane)
+                for (int64_t code = 0; code < codes; ++code, ++c)
+                    for (int b = 0; b < B; ++b) {
+                        const float value = c < band.along ? in.by_column[(band.column + c) * B + b] : 0.0f;
+                        x[((chunk * codes + code) * B + b) * r.lanes + lane] = value;
+                        sums[b] += value;
+                    }
         r.sums = sums;
-        r.x = in.by_row;
+        r.x = x;
     } else if (band.cols == 1) {
         r.x = in.by_column + band.column * B;
     } else {
@@ -282,8 +288,8 @@ int32_t run(const Product& p) {
     for (int64_t done = 0; done < p.batch; done += MOST) {
         const int64_t rows = std::min<int64_t>(MOST, p.batch - done);
         const int B = rows <= 2 ? int(rows) : rows <= 4 ? 4 : 8;
-        Inputs in = inputs(scratch, kernels, p, done, B);
-        for (Ready& r : bands) point(scratch, p, in, r, B);
+        const Inputs in = inputs(scratch, kernels, p, done, B);
+        for (Ready& r : bands) point(scratch, in, r, B);
         parallel(pieces, p.threads, [&](int64_t i) {
             const int64_t first = i * step, last = std::min(first + step, p.out);
             thread_local std::vector<float> y;

@@ -6,12 +6,15 @@ namespace voroq {
 
 constexpr int MOST = 8;  // rows of x at a time
 
+// Codes of a grid in a unit: those that a lane of 32 bits takes.
+static constexpr int grid_codes(int bits) { return bits <= 4 ? 8 : 4; }
+
 // A band with its tables made ready: entries of `lanes` floats (or of the stored type where `half`), zero beyond the tile.
 struct Ready {
     Band band;
     const void* table;
     const void* residual;    // always floats
-    const float* x;          // tiles down: [in][batch]; tiles along: [tile][batch][lanes]; grid: [batch][in]
+    const float* x;          // tiles down: [in][batch]; tiles along: [tile][batch][lanes]; grid: [chunk][code of a unit][batch][lanes]
     const float* sums;       // grid: sum of x over the band [batch]
     int lanes;
     int half;                // Real of `table`
@@ -80,6 +83,7 @@ struct Kernels {
     // One row of tiles of such words, in a metric of two sides.
     void (*feedback)(const Union& words, const Sides& sides, const float* u, float* rest, int16_t* codes, float* errors);
     int32_t (*descend)(const Union& words, const Sides& sides, const float* h, float* pull, float* error, int16_t* codes);
+    int lanes;  // floats of its widest vectors
 };
 
 extern const Kernels portable;

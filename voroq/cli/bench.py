@@ -29,7 +29,7 @@ def bench(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure prefill and decoding in tokens per second, the weights' bytes, and the share of the memory's bandwidth in use.
+    """Measure prefill and decoding in tokens per second, the weights' bytes, the most memory taken, and the share of its bandwidth in use.
 
     The limit is what copying reaches on this device: no step of decoding is faster than reading all weights once. With --against both
     models are measured in turns, so that whatever else runs hits both; --dtype holds for both.
@@ -52,10 +52,12 @@ def bench(
     found = measure(opened, batches=tuple(batch or (1, 4, 16)), prompt=prompt, new=new, repeats=repeats)
     where = f"{found.device}, {found.threads} threads, copying {found.bandwidth / 1e9:.1f} GB/s"
     weights = ", ".join(f"{name} {size(count)}" for name, count in found.weights.items())
+    places = {"rss": "of memory", "cuda": "on the GPU"}
+    peaks = ", ".join(f"{count / 1e9:.2f} GB {places[name]}" for name, count in found.peak.items() if count)
     table = Table("model")
     for column in ("batch", "prefill tokens/s", "decode tokens/s", "of the limit"):
         table.add_column(column, justify="right")
     for speed in found.speeds:
         decode = ("-", "-") if speed.decode is None else (f"{speed.decode:.1f}", f"{100 * speed.of_limit:.1f} %")
         table.add_row(speed.model, str(speed.batch), f"{speed.prefill:.1f}", *decode)
-    emit(asdict(found), as_json, Text(f"{where}; weights: {weights}"), table)
+    emit(asdict(found), as_json, Text(f"{where}; weights: {weights}; at most {peaks} in all"), table)

@@ -309,6 +309,7 @@ def test_bench_measures_both_models_at_every_batch(capsys):
     assert all(speed["decode"] is None or (speed["decode"] > 0 and speed["of_limit"] > 0) for speed in found["speeds"])
     model = LlamaForCausalLM.from_pretrained(DEMO_MODEL)
     assert set(found["weights"].values()) == {sum(4 * p.numel() for p in model.parameters())}
+    assert found["peak"]["rss"] is None or found["peak"]["rss"] > sum(found["weights"].values())
     assert run("bench", DEMO_MODEL, *given) == 0
     assert "of the limit" in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ from torch import nn
 from voroq.errors import VoroqError
 from voroq.evaluation.generation import BEST_TOKEN
 from voroq.evaluation.models import max_positions
+from voroq.pipeline.memory import peak_memory
 
 COPIED = 1 << 28
 """Bytes that are copied to measure the bandwidth; more than any cache holds."""
@@ -35,11 +36,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """`weights` are bytes of every model's tensors; `bandwidth` bytes per second."""
+    """`weights` are bytes of every model's tensors; `bandwidth` bytes per second; `peak` what this process took at most (pipeline/memory),
+    all models together."""
 
     speeds: list[Speed]
     weights: dict[str, int]
     bandwidth: float
+    peak: dict[str, int | None]
     threads: int
     device: str
 
@@ -70,7 +73,7 @@ def measure(
         step = (whole - first) / new
         decode = (batch / step, read[name] / step / bandwidth) if step > 0 else (None, None)
         speeds.append(Speed(name, batch, batch * prompt / first, *decode))
-    return SpeedReport(speeds, weights, bandwidth, torch.get_num_threads(), str(device))
+    return SpeedReport(speeds, weights, bandwidth, peak_memory(), torch.get_num_threads(), str(device))
 
 
 def copy_bandwidth(device: torch.device, repeats: int = 3) -> float:

@@ -53,7 +53,8 @@ def supports(spec: Spec, x: Float[Tensor, "*batch in"]) -> bool:
 
 
 def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*batch out"]:
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    flat = x.reshape(-1, x.shape[-1])
+    flat = flat if flat.is_contiguous() else flat.contiguous()
     spec = packed.spec
     if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"}:
         codes = replace(spec, steps=())
@@ -109,7 +110,7 @@ class _Call:
     """The tensors of `packed` held contiguous, and what the library is told about them."""
 
     def __init__(self, packed: Packed) -> None:
-        self.held = {name: tensor.detach().contiguous() for name, tensor in packed.tensors.items()}
+        self.held = {name: tensor if tensor.is_contiguous() else tensor.detach().contiguous() for name, tensor in packed.tensors.items()}
         odd = self.held.get("outlier_indices")
         if odd is not None and odd.dtype == torch.int16 and odd.shape[-1] % 2:  # rows must be whole words
             self.held["outlier_indices"] = torch.nn.functional.pad(odd, (0, 1))

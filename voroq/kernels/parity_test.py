@@ -70,6 +70,14 @@ def test_tables_down_the_output(isa, v, sizes, groups, outliers, steps):
 
 
 @needs_library
+@pytest.mark.parametrize("width", range(2, 33))
+def test_codes_of_every_width(isa, width):
+    """Several of them lie in words, or bytes, of which the kernel reads no more than four at once."""
+    sizes = (1 << (width + 1) // 2, 1 << width // 2)
+    assert_agrees(random_vptq(5, 157, width, v=2, sizes=sizes, groups=1), "vptq", torch.float32, torch.float32)
+
+
+@needs_library
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize(("v", "sizes"), TABLES, ids=str)
 def test_tables_along_the_input(isa, v, sizes, scale):

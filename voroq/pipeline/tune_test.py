@@ -65,7 +65,8 @@ def test_steps_lower_the_divergence_and_leave_the_codes(method, source, tmp_path
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_head_is_tuned_where_it_is_a_matrix_of_its_own(tied, tmp_path):
+def test_the_head_is_tuned_where_it_is_a_matrix_of_its_own(tied, tmp_path, monkeypatch):
+    monkeypatch.setattr(Loop, "adopt", lambda loop: None)  # whether it paid or not
     tiny_source(tmp_path / "in")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
     model.config.tie_word_embeddings = tied

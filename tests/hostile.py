@@ -28,6 +28,8 @@ from voroq.packed.conftest import random_pvq
 
 SECONDS, MEMORY = 20, 512 << 20
 """Limits of one case, beyond which it hangs or takes what no file of some kilobytes can ask for."""
+WAITING = 10
+"""Times that in which it may wait for a processor that others use."""
 
 
 @dataclass(frozen=True)
@@ -144,19 +146,22 @@ class Hung(BaseException):
 @contextmanager
 def _limits() -> Iterator[None]:
     def stop(*_: Any) -> None:
-        raise Hung(f"took more than {SECONDS} seconds")
+        raise Hung(f"took more than {SECONDS} seconds of computing, or {WAITING * SECONDS} in all")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = signal.signal(signal.SIGALRM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, hard))
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(WAITING * SECONDS)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _sharded(files: Files) -> Files:

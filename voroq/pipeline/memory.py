@@ -19,13 +19,7 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that a process can still take on `device` (CPU or CUDA), or None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return _listed("/proc/meminfo", "MemAvailable:")
 
 
 def give_back() -> None:
@@ -41,18 +35,24 @@ def give_back() -> None:
 
 def _resident() -> int | None:
     # Linux: getrusage inherits the peak of the process that started this one, /proc does not
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    listed = _listed("/proc/self/status", "VmHWM:")
+    if listed is not None:
+        return listed
     try:
         import resource
     except ImportError:  # Windows has no such module
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes
+
+
+def _listed(file: str, name: str) -> int | None:
+    """Bytes that the line `name` of a file of Linux's /proc states in kibibytes, or None where there is no such file or line."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 def _cuda() -> int | None:

@@ -168,9 +168,9 @@ def student_of(original: nn.Module, sites: Mapping[str, Quantized], whole: Calla
 def _head(student: nn.Module, free: frozenset[str]) -> dict[str, nn.Parameter]:
     """The matrix of the head, if it is among `free` and nothing else is made of it; a copy, since students share what does not train."""
     head = student.get_output_embeddings()
-    named = {name: p for name, p in student.named_parameters() if p is getattr(head, "weight", None) and name in free}
-    if head is None or student.get_input_embeddings().weight is head.weight:
+    if student.get_input_embeddings().weight is head.weight:
         return {}
+    named = {name: p for name, p in student.named_parameters() if p is head.weight and name in free}
     for p in named.values():
         p.data = p.data.clone()
     return named

@@ -31,6 +31,7 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "+ whole-model tuning", FULL, Effort(dataclasses.replace(whole, moves=0.0, guide=0.0), allocate=True), TWO
     yield "+ code moves", FULL, Effort(dataclasses.replace(whole, guide=0.0), allocate=True), TWO
     yield "+ guided by the blocks' outputs (balanced)", FULL, EFFORTS["balanced"], TWO
+    yield "| fast, guided row groups instead of two-sided", FULL, Effort(), {"hessian": "guided"}
     yield "| fast, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
     yield "| fast, asymmetric", FULL, Effort(), {**TWO, "mode": "asymmetric"}
     yield "| fast, 1 % outlier columns, v2 k64", {**FULL, **OUTLIERS}, Effort(), TWO

@@ -22,6 +22,7 @@ class Hessian(StrEnum):
     auto = "auto"
     input = "input"
     two_sided = "two-sided"
+    guided = "guided"
 
 
 class EffortName(StrEnum):
@@ -60,7 +61,8 @@ HessianKind = Annotated[
     Hessian,
     typer.Option(
         help="What errors are weighed by. input: the second moments of each linear's inputs. two-sided: of the gradients at its outputs "
-        "too, by one backward pass, block by block. auto: two-sided where the method uses it (vptq, pvq)."
+        "too, by one backward pass, block by block. guided (vptq): of the inputs, for every group of outputs by "
+        "its gradients. auto: two-sided where the method uses it (vptq, pvq)."
     ),
 ]
 

@@ -14,9 +14,14 @@ def is_one_sided(method: Method) -> bool:
     return isinstance(method, GPTQ | RTN) or (isinstance(method, PVQ) and not method.two_sided)
 
 
+def is_guided(method: Method) -> bool:
+    """Whether `method` may look at moments of groups of rows: all but those known not to."""
+    return not isinstance(method, GPTQ | RTN | PVQ)
+
+
 def is_slow_two_sided(method: Method) -> bool:
     """Whether looking at them takes `method` hours a matrix without the library of CPU kernels, which searches pyramids in a metric."""
     return isinstance(method, PVQ) and method.two_sided
 
 
-__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_one_sided", "is_slow_two_sided"]
+__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_guided", "is_one_sided", "is_slow_two_sided"]

@@ -13,6 +13,7 @@ Step 5 is not in the reference, which never touches its tables after k-means. Re
 """
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +32,7 @@ from voroq.numerics.linalg import damped, inverse_factor
 from voroq.packed.vptq_format import LEAST_ROW
 from voroq.quantized import Band, Quantized, Tile
 from voroq.rounding.feedback import Rounded
-from voroq.rounding.metric import Metric, outputs_metric
+from voroq.rounding.metric import Loss, Metric, guided_metric, outputs_metric
 from voroq.shapes import Matrix, Square, Vectors
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
@@ -92,33 +93,34 @@ class VPTQ:
         affine = (column_statistics(w),) if self.normalize == "std" else ()
         order = (Permute(column_order(w, h, self.columns(w.shape[1])[0])),) if self.permute else ()
         transform = Chain((*affine, *order))
-        outputs = None
-        if moments.outputs is not None:
-            outputs, more = outputs_metric(moments.outputs, self.damping)
-            notes += more
-        done = self._sweeps(transform.weight(w), Metric(transform.hessian(h), outputs), rng)
-        out = Quantized((w.shape[0], w.shape[1]), transform, done.bands, done.codes, notes)
+        loss, more = self._loss(h, moments, transform)
+        done = self._sweeps(transform.weight(w), loss, rng)
+        out = Quantized((w.shape[0], w.shape[1]), transform, done.bands, done.codes, notes + more)
         return absorb(out) if self.permute else out
 
-    def _sweeps(self, w: Matrix, metric: Metric, rng: torch.Generator) -> Rounded:
+    def _loss(self, h: Square, moments: Moments, transform: Chain) -> tuple[Loss, tuple[str, ...]]:
+        """What an error in stored order costs, by all that `moments` know; and notes."""
+        if moments.groups is not None:
+            height = math.lcm(self.vector_length, self.outlier_vector_length if self.outlier_percent else 1)
+            return guided_metric(moments.groups, self.damping, height, transform.hessian)
+        outputs, notes = (None, ()) if moments.outputs is None else outputs_metric(moments.outputs, self.damping)
+        return Metric(transform.hessian(h), outputs), notes
+
+    def _sweeps(self, w: Matrix, metric: Loss, rng: torch.Generator) -> Rounded:
         best = metric.feedback(w, self._fit(w, metric, rng))
         if self.residual_bits:
             best = metric.feedback(w, self._with_residuals(best, metric, rng))
         if not self.rounds:
             return best
-        bands = self._refit(w, metric, best)
+        bands = refit(w, metric, best.bands, best.codes)
         for done in range(self.rounds):
             tried = best if done and self.sweeps else metric.feedback(w, bands)  # what descent has reached feedback does not find again
             if self.sweeps:
                 tried = metric.descend(w, bands, tried.codes, sweeps=self.sweeps)
             if tried.loss.sum() >= best.loss.sum():
                 break
-            best, bands = tried, self._refit(w, metric, tried)
+            best, bands = tried, refit(w, metric, tried.bands, tried.codes)
         return Rounded(bands, best.codes, best.loss, best.targets)
-
-    @staticmethod
-    def _refit(w: Matrix, metric: Metric, done: Rounded) -> tuple[Band, ...]:
-        return refit(w, metric.h, done.bands, done.codes, g=metric.g)
 
     def stored_bits(self, shape: tuple[int, int], float_bits: int = 16) -> int:
         """Bits the official format stores for a matrix of `shape` (out, in): codes, tables, scale and shift, permutation."""
@@ -150,7 +152,7 @@ class VPTQ:
             )
         return outliers, [outliers + each * g for g in range(self.groups + 1)]
 
-    def _fit(self, w: Matrix, metric: Metric, rng: torch.Generator) -> list[Band]:
+    def _fit(self, w: Matrix, metric: Loss, rng: torch.Generator) -> list[Band]:
         outliers, edges = self.columns(w.shape[1])
         bands = []
         if outliers:
@@ -161,14 +163,14 @@ class VPTQ:
             bands.append(Band(start, stop, tile, self._table(w, metric, start, stop, tile, self.table_bits, rng)))
         return bands
 
-    def _table(self, w: Matrix, metric: Metric, start: int, stop: int, tile: Tile, bits: int, rng: torch.Generator) -> Table:
+    def _table(self, w: Matrix, metric: Loss, start: int, stop: int, tile: Tile, bits: int, rng: torch.Generator) -> Table:
         points = tile.cut(w[:, start:stop])
         return self._trained(points, metric.importance(start, stop, tile, w.shape[0]), bits, rng)
 
     def _trained(self, points: Vectors, importance: Float[Tensor, "n"], bits: int, rng: torch.Generator) -> Table:
         return Table(kmeans(points, importance, 2**bits, rng, steps=self.kmeans_steps, restarts=self.restarts))
 
-    def _with_residuals(self, done: Rounded, metric: Metric, rng: torch.Generator) -> list[Band]:
+    def _with_residuals(self, done: Rounded, metric: Loss, rng: torch.Generator) -> list[Band]:
         """The same bands with a residual table trained on what the first sweep left of its targets."""
         outliers, _ = self.columns(done.targets.shape[1])
         out = []

@@ -20,6 +20,9 @@ from voroq.pipeline.progress import Progress
 GRADIENT_TOKENS = 1 << 16
 """Tokens the gradients are taken on: enough for second moments of several thousand outputs."""
 
+GROUPS = 4
+"""Groups of rows that have an input moment of their own in the guided form."""
+
 AT_THE_HEAD = 1024
 """Tokens whose logits are held at once."""
 
@@ -97,6 +100,26 @@ def observe_outputs(
 
     pull_through(model, block, index, inputs, gradients, batch, sites=linears, collect=collect)
     return {name: shrunk(total / max(seen[name], 1), seen[name]) for name, total in sums.items()}
+
+
+def observe_guided(
+    model: OpenModel, block: nn.Module, index: int, inputs: Activations, gradients: Activations, batch: int, *, sites: Collection[str]
+) -> dict[str, Float[Tensor, "n in in"]]:
+    """For every even group of rows of each of `sites` in block `index` the second moment of its inputs, each token weighed by the mean
+    squared gradient at the group's outputs; `GROUPS` of them, or one per row. (GuidedQuant, Kim et al. 2025, arXiv 2505.07004.)"""
+    linears = {name: linear for name, linear in model.linears(block, index).items() if name in sites}
+    counts = {name: min(GROUPS, linear.out_features) for name, linear in linears.items()}
+    sums = {name: torch.zeros(counts[name], *[linear.in_features] * 2, device=model.device) for name, linear in linears.items()}
+    seen = dict.fromkeys(linears, 0)
+
+    def collect(name: str, x: Tensor, gradient: Tensor) -> None:
+        x, g = x.reshape(-1, x.shape[-1]).float(), gradient.reshape(-1, gradient.shape[-1]).float()
+        for total, rows in zip(sums[name], g.square().tensor_split(counts[name], dim=1), strict=True):
+            total.addmm_((x * rows.mean(1, keepdim=True)).T, x)
+        seen[name] += x.shape[0]
+
+    pull_through(model, block, index, inputs, gradients, batch, sites=linears, collect=collect)
+    return {name: total / max(seen[name], 1) for name, total in sums.items()}
 
 
 def shrunk(second: Float[Tensor, "d d"], tokens: int) -> Float[Tensor, "d d"]:

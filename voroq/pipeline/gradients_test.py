@@ -5,7 +5,7 @@ import torch
 
 from voroq.errors import VoroqError
 from voroq.experts import unstack_experts
-from voroq.pipeline.gradients import PRIOR, gradient_windows, observe_outputs, output_gradients, stored_bytes
+from voroq.pipeline.gradients import GROUPS, PRIOR, gradient_windows, observe_guided, observe_outputs, output_gradients, stored_bytes
 from voroq.pipeline.observe_test import prepared
 from voroq.pipeline.progress import Silent
 from voroq.pipeline.tiny_models_test import CONFIGS
@@ -13,18 +13,23 @@ from voroq.pipeline.tiny_models_test import CONFIGS
 BATCH = 2
 
 
-def literal(model: torch.nn.Module, names: set[str], tokens: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """Whole model, one window at a time, the same labels: E[g g^T] at the outputs of `names` from explicit gradients of every token."""
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def explicit(model: torch.nn.Module, names: set[str], tokens: torch.Tensor, seed: int) -> Pairs:
+    """Whole model, one window at a time, the same labels: the inputs of `names` and the gradients at their outputs, of every token."""
     rng = torch.Generator().manual_seed(seed)
     noise = torch.cat([torch.rand(part.numel(), 64, generator=rng) for part in tokens.split(BATCH)]).clamp_min(1e-20)
     noise = noise.reshape(*tokens.shape, -1)
     model = unstack_experts(model)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
     def keep(name: str):
         def hook(_, args, output):
             output.retain_grad()
             outputs[name].append(output)
+            inputs[name].append(args[0].detach())
 
         return hook
 
@@ -38,11 +43,34 @@ def literal(model: torch.nn.Module, names: set[str], tokens: torch.Tensor, seed:
     found = {}
     for name, parts in outputs.items():
         gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in parts]
-        g = torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]).double() if parts else torch.zeros(0, 1)
+        found[name] = tuple(
+            torch.cat([t.reshape(-1, t.shape[-1]) for t in both]).double() if parts else torch.zeros(0, 1)
+            for both in (inputs[name], gradients)
+        )
+    return found
+
+
+def literal(pairs: Pairs) -> dict[str, torch.Tensor]:
+    """E[g g^T], filled in."""
+    found = {}
+    for name, (_, g) in pairs.items():
         second, d = sum((torch.outer(row, row) for row in g), torch.zeros(g.shape[1], g.shape[1])), g.shape[1]
         even = torch.eye(d) * second.diagonal().mean() / max(len(g), 1)
         found[name] = (second + PRIOR * d * even) / (len(g) + PRIOR * d)
     return found
+
+
+def literal_guided(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """For every group of rows the mean over tokens and rows of g_j^2 x x^T, an outer product at a time."""
+    edges = [len(part) for part in torch.arange(g.shape[1]).tensor_split(GROUPS)]
+    found, first = [], 0
+    for size in edges:
+        total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        for token, gradient in zip(x, g, strict=True):
+            total += sum(gradient[j] ** 2 for j in range(first, first + size)) / size * torch.outer(token, token)
+        found.append(total / max(len(x), 1))
+        first += size
+    return torch.stack(found)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
@@ -53,12 +81,17 @@ def test_output_moments_are_those_of_explicit_gradients_of_every_token(name, lim
     spilled = sum(store.bytes for store in stores if store.spilled)
     assert stored_bytes(*tokens.shape, BATCH, stores[0].shape[2], model.n_blocks, limit) == spilled
     assert all(store.spilled == (limit == 0) for store in stores)
-    expected = literal(whole, {site.name for index in range(model.n_blocks) for site in model.sites(index)}, tokens, 5)
+    pairs = explicit(whole, {site.name for index in range(model.n_blocks) for site in model.sites(index)}, tokens, 5)
+    expected = literal(pairs)
     entering = states
     for index in range(model.n_blocks):
         block, names = model.load_block(index), [site.name for site in model.sites(index)]
         found = observe_outputs(model, block, index, entering, stores[index], BATCH, sites=names)
+        guided = observe_guided(model, block, index, entering, stores[index], BATCH, sites=names)
         for site in names:
+            if len(pairs[site][0]):
+                twin = literal_guided(*pairs[site])
+                torch.testing.assert_close(guided[site].double(), twin, rtol=2e-3, atol=1e-3 * float(twin.abs().max()))
             if float(expected[site].abs().max()):
                 torch.testing.assert_close(found[site].double(), expected[site], rtol=2e-3, atol=1e-3 * float(expected[site].abs().max()))
         with torch.no_grad():

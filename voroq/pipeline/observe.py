@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from voroq.errors import VoroqError
-from voroq.moments import Moments, merge
+from voroq.moments import Moments, blend, merge
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.model import OpenModel
 from voroq.pipeline.weights import finite
@@ -118,8 +118,8 @@ def borrow_prior(siblings: Mapping[str, Moments], minimum: int) -> tuple[dict[st
     def top_up(moments: Moments) -> Moments:
         lack = minimum - moments.count
         share = moments.count / minimum
-        outputs = None if moments.outputs is None or pooled.outputs is None else share * moments.outputs + (1 - share) * pooled.outputs
-        return Moments(moments.second + lack * second, moments.first + lack * mean, minimum, outputs)
+        outputs, groups = blend(moments.outputs, pooled.outputs, share), blend(moments.groups, pooled.groups, share)
+        return Moments(moments.second + lack * second, moments.first + lack * mean, minimum, outputs, groups)
 
     return {name: top_up(moments) if name in poor else moments for name, moments in siblings.items()}, poor
 

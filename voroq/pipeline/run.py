@@ -24,7 +24,7 @@ from torch import nn
 import voroq
 from voroq import native
 from voroq.errors import VoroqError
-from voroq.methods import Method, is_one_sided, is_slow_two_sided
+from voroq.methods import Method, is_guided, is_one_sided, is_slow_two_sided
 from voroq.moments import Moments
 from voroq.numerics.linalg import answering
 from voroq.packed.base import Packed, Spec
@@ -33,7 +33,7 @@ from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
 from voroq.pipeline.calibration import calibration_windows
 from voroq.pipeline.finished import put_back, tune_finished
-from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients, stored_bytes
+from voroq.pipeline.gradients import gradient_windows, observe_guided, observe_outputs, output_gradients, stored_bytes
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import borrow_prior, observe_block, observe_shift, run_block
 from voroq.pipeline.output import Output, check_disk
@@ -74,8 +74,8 @@ def quantize_model(
 
     `plan` is a method for every site, a `Plan` with rules by name, or a `Budget` of bits per weight. `calibration` is a text file, a
     bundled name or "dataset:NAME" (the bundled mixed text if None), of which `samples` windows of `context` tokens are used.
-    `hessian` says what errors are weighed by: input (second moments of each linear's inputs), two-sided (also of the gradients at its
-    outputs, by one backward pass), or auto: two-sided where a method uses it and the model has a head (pvq: on the CPU with our kernels).
+    `hessian` says what errors are weighed by: input (second moments of each linear's inputs), two-sided (and of the gradients at its
+    outputs), guided (of the inputs, for every group of outputs by its gradients), or auto: two-sided where that is used and quick.
     `device` is auto, cpu, cuda or a list of devices. `block_tuning` tunes every quantized block towards the original block's output
     on the same inputs, `tuning` the whole quantized model towards the original's logits afterwards (both are then in memory).
     With `resume` an interrupted run goes on; the result has the same bytes.
@@ -95,9 +95,9 @@ def quantize_model(
     if tuning is not None and tuning.steps:
         check_memory(model)
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
-    two_sided = _is_two_sided(model, hessian, ready.methods, devices)
-    check_disk(Path(out), ready.bytes + (_gradient_bytes(model, ready.windows) if two_sided else 0))
-    settings = {**ready.settings, "hessian": "two-sided" if two_sided else "input"}
+    hessian = _resolved(model, hessian, ready.methods, devices)
+    check_disk(Path(out), ready.bytes + (_gradient_bytes(model, ready.windows) if hessian != "input" else 0))
+    settings = {**ready.settings, "hessian": hessian}
     settings |= {"block_tuning": repr(block_tuning), "tuning": repr(tuning)}
     if tuning is not None:
         context = ready.windows.shape[1]
@@ -106,7 +106,7 @@ def quantize_model(
     output = Output(Path(out), model.n_blocks, settings, resume=resume)
     if output.report is not None:
         return output.report
-    run = Run(model, ready.plan, output, ready.layout, ready.dtype, mode, two_sided, seed, devices, block_tuning, progress)
+    run = Run(model, ready.plan, output, ready.layout, ready.dtype, mode, hessian, seed, devices, block_tuning, progress)
     entries = [run.outer(), *run.blocks(ready.windows)]
     tuned = None
     if tuning is not None and tuning.steps:
@@ -115,7 +115,7 @@ def quantize_model(
         "source": str(source),
         **described(ready.methods),
         "mode": mode,
-        "hessian": settings["hessian"],
+        "hessian": hessian,
         "seed": seed,
         "calibration": {
             "text": str(calibration or "calibration-mixed"),
@@ -142,12 +142,12 @@ def check_memory_of(source: str | Path, *, device: str, revision: str | None = N
 def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | None) -> None:
     if mode not in ("parallel", "sequential", "asymmetric"):
         raise VoroqError(f"mode {mode!r} is unknown; choose parallel, sequential or asymmetric")
-    if hessian not in ("auto", "input", "two-sided"):
-        raise VoroqError(f"hessian {hessian!r} is unknown; choose auto, input or two-sided")
+    if hessian not in ("auto", "input", "two-sided", "guided"):
+        raise VoroqError(f"hessian {hessian!r} is unknown; choose auto, input, two-sided or guided")
     if model.skeleton.get_output_embeddings() is not None:
         return
     name = model.source.name
-    if hessian == "two-sided":
+    if hessian in ("two-sided", "guided"):
         raise VoroqError(f"{name} has no language model head, so there are no gradients of its answers; use --hessian input")
     if tuning is not None:
         raise VoroqError(f"{name} has no language model head, so there are no logits to tune towards; leave tuning out")
@@ -163,11 +163,17 @@ def _batch(windows: torch.Tensor) -> int:
     return max(1, TOKENS_PER_BATCH // windows.shape[1])
 
 
-def _is_two_sided(model: OpenModel, hessian: str, methods: Sequence[Method], devices: Sequence[torch.device]) -> bool:
+def _resolved(model: OpenModel, hessian: str, methods: Sequence[Method], devices: Sequence[torch.device]) -> str:
+    """What errors are weighed by in this run: input, two-sided or guided."""
+    if hessian == "guided":
+        deaf = [method for method in methods if not is_guided(method)]
+        if deaf:
+            raise VoroqError(f"hessian guided is for vptq; {type(deaf[0]).__name__} takes --hessian input, two-sided or auto")
+        return hessian
     head = model.skeleton.get_output_embeddings() is not None
     quick = native.library() is not None and all(device.type == "cpu" for device in devices)
     able = [method for method in methods if not is_one_sided(method) and (quick or hessian != "auto" or not is_slow_two_sided(method))]
-    return head and hessian != "input" and bool(able)
+    return "two-sided" if head and hessian != "input" and able else "input"
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ class Run:
     layout: str
     dtype: torch.dtype
     mode: str
-    two_sided: bool
+    hessian: str
     seed: int
     devices: tuple[torch.device, ...]
     block_tuning: Tuning | None
@@ -213,7 +219,7 @@ class Run:
                 again = self.model.capture(windows, batch, others=others, limit=ACTIVATIONS_IN_MEMORY, folder=self.output.folder)
                 originals = stack.enter_context(again)
             gradients: list[Activations | None] = [None] * self.model.n_blocks
-            if self.two_sided:
+            if self.hessian != "input":
                 gradients = [stack.enter_context(one) for one in self._gradients(windows, states, batch)]
             for index in range(last + 1):
                 self.progress.block(index, self.model.block_name(index))
@@ -238,13 +244,15 @@ class Run:
         linears = model.linears(block, index)
         chosen = [site for site in model.sites(index) if self.plan.method_for(site.name) is not None]
         self.progress.stage("observing")
-        curvature = {}
+        curvature: dict[str, dict[str, torch.Tensor]] = {}
         if gradients is not None:
-            curvature = observe_outputs(model, block, index, states, gradients, batch, sites=[site.name for site in chosen])
+            look, kind = (observe_guided, "groups") if self.hessian == "guided" else (observe_outputs, "outputs")
+            found = look(model, block, index, states, gradients, batch, sites=[site.name for site in chosen])
+            curvature = {name: {kind: moment} for name, moment in found.items()}
             gradients.close()
         outputs = states if more and self.mode == "parallel" and self.block_tuning is None else None
         moments, tokens = observe_block(model, block, index, states, batch, sites=[site.name for site in chosen], outputs=outputs)
-        moments = {name: dataclasses.replace(found, outputs=curvature.get(name)) for name, found in moments.items()}
+        moments = {name: dataclasses.replace(seen, **curvature.get(name, {})) for name, seen in moments.items()}
         moments, notes = _with_priors(chosen, moments)
         jobs, shifts = [], {}
         if originals is not None:

@@ -15,6 +15,7 @@ from torch import nn
 import voroq
 from voroq import native
 from voroq.codebook.table import Table
+from voroq.errors import VoroqError
 from voroq.experts import Experts
 from voroq.methods import GPTQ, RTN, VPTQ
 from voroq.methods.rtn import grid_slabs
@@ -24,7 +25,7 @@ from voroq.packed.format import bits_per_weight, unpack
 from voroq.pipeline.model import OpenModel
 from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.progress import Silent
-from voroq.pipeline.run import _is_two_sided
+from voroq.pipeline.run import _resolved
 from voroq.pipeline.tiny_models_test import CONFIGS, tiny_model, tiny_tokens
 from voroq.pipeline.tiny_runs_test import LETTERS, QUICK, content, quick_run, tiny_source, two_blocks
 from voroq.quantized import Band, Quantized, Tile
@@ -64,7 +65,7 @@ def test_pyramids_weigh_outputs_where_that_is_quick_or_asked_for(monkeypatch):
     cpu, gpu, pvq = torch.device("cpu"), torch.device("cuda:0"), QUICK["pvq"]
 
     def used(hessian: str, *methods, device: torch.device = cpu, model=with_head) -> bool:
-        return _is_two_sided(model, hessian, methods, (device,))
+        return _resolved(model, hessian, methods, (device,)) == "two-sided"
 
     monkeypatch.setattr(native, "library", lambda: object())
     assert used("auto", pvq) and used("auto", QUICK["rtn"], pvq) and not used("input", pvq) and not used("auto", pvq, model=without)
@@ -72,6 +73,17 @@ def test_pyramids_weigh_outputs_where_that_is_quick_or_asked_for(monkeypatch):
     assert not used("auto", pvq, device=gpu) and used("two-sided", pvq, device=gpu) and used("auto", QUICK["vptq"], device=gpu)
     monkeypatch.setattr(native, "library", lambda: None)
     assert not used("auto", pvq) and used("two-sided", pvq) and used("auto", QUICK["vptq"])
+
+
+def test_guided_moments_are_for_tables_and_make_other_codes(tmp_path):
+    source = tiny_source(tmp_path / "in", "Llama")
+    with pytest.raises(VoroqError, match="guided is for vptq; GPTQ takes"):
+        quick_run(source, tmp_path / "no", QUICK["gptq"], hessian="guided")
+    report = quick_run(source, tmp_path / "guided", QUICK["vptq"], hessian="guided")
+    assert report["hessian"] == "guided" and report["settings"]["hessian"] == "guided"
+    quick_run(source, tmp_path / "plain", QUICK["vptq"], hessian="input")
+    guided, plain = tensors(tmp_path / "guided"), tensors(tmp_path / "plain")
+    assert guided.keys() == plain.keys() and any(not torch.equal(guided[name], plain[name]) for name in plain if "indices" in name)
 
 
 SEEDED = Plan(QUICK["rtn"], (("*.v_proj", QUICK["vptq"]),))

@@ -1,13 +1,14 @@
 """Refit of the tables to the proxy loss, codes fixed: a linear least-squares problem, solved by conjugate gradients.
 
-The stored weight is linear in all tables of all bands at once, W(C) = D C, and the loss is tr(G (W - DC) H (W - DC)^T), G the identity
-where there is no metric of the outputs, so the optimum solves  D^T G (D C) H = D^T G W H.  Applying the left side costs one product
-with H (and G) and one sum of the result by code, which is what makes a 65536-entry table as easy as one of 16. (GPTVQ's "M step",
-AQLM's codebook update; solved here instead of descended.)
+The stored weight is linear in all tables of all bands at once, W(C) = D C, and the loss is a quadratic form of W - D C, with Q E half its
+gradient at E (G E H in the metric of both sides), so the optimum solves  D^T Q D C = D^T Q W.  Applying the left side costs the products
+in Q and one sum of the result by code, which is what makes a 65536-entry table as easy as one of 16. (GPTVQ's "M step", AQLM's codebook
+update; solved here instead of descended.)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,22 +17,27 @@ from torch import Tensor
 from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.quantized import Band
-from voroq.shapes import Matrix, Square
+from voroq.shapes import Matrix
 
 Tables = list[Tensor]
 
 
+@runtime_checkable
+class Quadratic(Protocol):
+    """A quadratic form of the error of a weight [out in] (`rounding/metric.py`)."""
+
+    def gradient(self, error: Matrix) -> Matrix:
+        """Half its gradient at `error`."""
+
+    def diagonal(self, out: int) -> Matrix:
+        """What the square of each entry counts."""
+
+
 def refit(
-    w: Matrix,
-    h: Square,
-    bands: tuple[Band, ...],
-    codes: tuple[Tensor, ...],
-    *,
-    g: Float[Tensor, "out out"] | None = None,
-    steps: int = 10,
+    w: Matrix, loss: Quadratic, bands: tuple[Band, ...], codes: tuple[Tensor, ...], *, steps: int = 10
 ) -> tuple[Band, ...]:
-    """`bands` with tables that lower tr(G E H E^T) (G the identity if None) for `w` [out in] in stored order; at most `steps` of
-    conjugate gradients, preconditioned by the diagonal of the normal matrix (the summed diag(H) of a centroid's columns).
+    """`bands` with tables that lower `loss` for `w` [out in] in stored order; at most `steps` of conjugate gradients, preconditioned
+    by the diagonal of the normal matrix (the summed diagonal of the loss over a centroid's places).
 
     Started at the present tables, so the loss never rises beyond rounding. Bands must be tables or residual tables.
     """
@@ -43,11 +49,10 @@ def refit(
         return torch.cat([band.decode(code, w.shape[0]) for band, code in zip(refitted, codes, strict=True)], dim=1)
 
     def adjoint(error: Matrix) -> Tables:
-        graded = error @ h if g is None else g @ (error @ h)
+        graded = loss.gradient(error)
         return [t for band, a in zip(bands, adjoints, strict=True) for t in a(graded[:, band.start : band.stop])]
 
-    weights = h.diagonal().expand(w.shape) if g is None else torch.outer(g.diagonal(), h.diagonal())
-    weights = weights.contiguous()
+    weights = loss.diagonal(w.shape[0]).contiguous()
     mass = [t for band, a in zip(bands, adjoints, strict=True) for t in a(weights[:, band.start : band.stop])]
     solution = _conjugate_gradients(apply, adjoint, mass, w, stages, steps)
     return _with_tables(bands, solution)

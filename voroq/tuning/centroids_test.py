@@ -6,6 +6,7 @@ from voroq.codebook.residual import Residual
 from voroq.codebook.table import Table
 from voroq.numerics.linalg import proxy_loss
 from voroq.quantized import Band, Tile
+from voroq.rounding.metric import Metric
 from voroq.tuning.centroids import refit
 
 OUT, IN = 7, 10
@@ -70,25 +71,25 @@ def brute_force(w: torch.Tensor, h: torch.Tensor, bands, codes) -> float:
 
 def test_refit_reaches_the_brute_force_optimum():
     w, h, bands, codes = problem()
-    refitted = refit(w, h, bands, codes, steps=500)
+    refitted = refit(w, Metric(h), bands, codes, steps=500)
     assert loss(w, h, refitted, codes) == pytest.approx(brute_force(w, h, bands, codes), rel=1e-6)
 
 
 def test_every_step_lowers_the_loss():
     w, h, bands, codes = problem()
-    losses = [loss(w, h, refit(w, h, bands, codes, steps=steps), codes) for steps in (0, 1, 2, 4, 8)]
+    losses = [loss(w, h, refit(w, Metric(h), bands, codes, steps=steps), codes) for steps in (0, 1, 2, 4, 8)]
     assert losses == sorted(losses, reverse=True) and losses[0] == loss(w, h, bands, codes) and losses[-1] < losses[0]
 
 
 def test_unused_centroids_stay_where_they_are():
     w, h, bands, codes = problem()
     codes[0].clamp_(max=2)
-    assert torch.equal(refit(w, h, bands, codes)[0].codebook.centroids[3], bands[0].codebook.centroids[3])
+    assert torch.equal(refit(w, Metric(h), bands, codes)[0].codebook.centroids[3], bands[0].codebook.centroids[3])
 
 
 def test_grids_cannot_be_refitted():
     with pytest.raises(TypeError, match="only tables"):
-        refit(torch.zeros(2, 2), torch.eye(2), (Band(0, 2, Tile(1, 1), Grid(2)),), (torch.zeros(2, 2, 1, dtype=torch.long),))
+        refit(torch.zeros(2, 2), Metric(torch.eye(2)), (Band(0, 2, Tile(1, 1), Grid(2)),), (torch.zeros(2, 2, 1, dtype=torch.long),))
 
 
 def test_refit_in_the_metric_of_both_sides_equals_a_brute_force_solve():
@@ -113,6 +114,6 @@ def test_refit_in_the_metric_of_both_sides_equals_a_brute_force_solve():
             columns.append((root_g @ made(unit) @ root_h).reshape(-1))
     design, target = torch.stack(columns, 1), (root_g @ w @ root_h).reshape(-1)
     best = float((design @ torch.linalg.lstsq(design, target[:, None], driver="gelsd").solution - target[:, None]).square().sum())
-    done = refit(w, h, bands, codes, g=g, steps=500)
+    done = refit(w, Metric(h, g), bands, codes, steps=500)
     delta = w - torch.cat([band.decode(code, OUT) for band, code in zip(done, codes, strict=True)], dim=1)
     assert float(torch.trace(g @ delta @ h @ delta.T)) == pytest.approx(best, rel=1e-5)

@@ -5,8 +5,8 @@
 Rows named + add to the row before them; rows named | change one thing of the row that they name. Nothing here was chosen by these texts.
 """
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from bundled import measure
@@ -25,20 +25,24 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "feedback alone, moments of inputs", PLAIN, Effort(), ONE
     yield "+ tables refitted, one descent sweep", SWEPT, Effort(), ONE
     yield "+ gradients at the outputs (two-sided)", SWEPT, Effort(), TWO
-    yield "+ two rounds of two sweeps (fast)", FULL, Effort(), TWO
-    yield "+ bits allocated", FULL, Effort(allocate=True), TWO
+    yield "+ two rounds of two sweeps", FULL, Effort(), TWO
+    yield "+ bits allocated (fast)", FULL, EFFORTS["fast"], TWO
     whole = EFFORTS["balanced"].tuning
-    yield "+ whole-model tuning", FULL, Effort(dataclasses.replace(whole, moves=0.0, guide=0.0), allocate=True), TWO
-    yield "+ code moves", FULL, Effort(dataclasses.replace(whole, guide=0.0), allocate=True), TWO
-    yield "+ guided by the blocks' outputs (balanced)", FULL, EFFORTS["balanced"], TWO
-    yield "| fast, guided row groups instead of two-sided", FULL, Effort(), {"hessian": "guided"}
-    yield "| fast, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
-    yield "| fast, asymmetric", FULL, Effort(), {**TWO, "mode": "asymmetric"}
-    yield "| fast, 1 % outlier columns, v2 k64", {**FULL, **OUTLIERS}, Effort(), TWO
-    yield "| fast, two tables a matrix", {**FULL, "groups": "2"}, Effort(), TWO
-    yield "| fast, columns normalised", {**FULL, "normalize": "std"}, Effort(), TWO
-    yield "| fast, best of four seedings", {**FULL, "restarts": "3"}, Effort(), TWO
-    yield "| fast, columns in their own order", {**FULL, "permute": "false"}, Effort(), TWO
+    for label, left in (
+        ("+ whole-model tuning", {"moves": 0.0, "guide": 0.0, "head_rate": 0.0}),
+        ("+ code moves", {"guide": 0.0, "head_rate": 0.0}),
+        ("+ guided by the blocks' outputs", {"head_rate": 0.0}),
+        ("+ the head (balanced)", {}),
+    ):
+        yield label, FULL, replace(EFFORTS["balanced"], tuning=replace(whole, **left)), TWO
+    yield "| two rounds, guided row groups instead of two-sided", FULL, Effort(), {"hessian": "guided"}
+    yield "| two rounds, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
+    yield "| two rounds, asymmetric", FULL, Effort(), {**TWO, "mode": "asymmetric"}
+    yield "| two rounds, 1 % outlier columns, v2 k64", {**FULL, **OUTLIERS}, Effort(), TWO
+    yield "| two rounds, two tables a matrix", {**FULL, "groups": "2"}, Effort(), TWO
+    yield "| two rounds, columns normalised", {**FULL, "normalize": "std"}, Effort(), TWO
+    yield "| two rounds, best of four seedings", {**FULL, "restarts": "3"}, Effort(), TWO
+    yield "| two rounds, columns in their own order", {**FULL, "permute": "false"}, Effort(), TWO
 
 
 OUTLIERS = {"outlier_percent": "1", "outlier_vector_length": "2", "outlier_table_bits": "6"}

@@ -16,12 +16,7 @@ from voroq.cli.quantize import parse_options
 from voroq.errors import FormatError, VoroqError
 from voroq.integrations.conftest import write_model
 from voroq.packed.conftest import random_pvq
-from voroq.pipeline.effort import EFFORTS
 from voroq.pipeline.text import DEMO_MODEL
-from voroq.tuning.loop import Tuning
-
-REPORT = {"source": "in", "bits_per_weight": 2.05, "seconds": 75.0, "peak_memory": {"rss": 10**9, "cuda": None},
-          "tuning": {"kl_before": 0.09, "kl_after": 0.05}}  # fmt: skip
 
 
 def run(*argv: object) -> int:
@@ -29,41 +24,6 @@ def run(*argv: object) -> int:
     with pytest.raises(SystemExit) as caught:
         main([str(word) for word in argv])
     return caught.value.code
-
-
-@pytest.fixture
-def library(monkeypatch):
-    """The pipeline replaced by a recorder; `fails` is raised by it if set."""
-    seen = SimpleNamespace(plan=None, call=None, fails=None)
-
-    def make_plan(*args):
-        seen.plan = args
-        return "the plan"
-
-    def quantize_model(*args, progress, **kwargs):
-        seen.call = (args, kwargs)
-        progress.start(2, 4)
-        progress.block(0, "layers.0")
-        progress.stage("observing")
-        progress.site("layers.0.q_proj", 0.5, 0.0213)
-        progress.warn("a [warning]")
-        if seen.fails is not None:
-            raise seen.fails
-        progress.done()
-        return REPORT
-
-    def plan_model(*args, progress, **kwargs):
-        seen.planned = (args, kwargs)
-        return SimpleNamespace(plan="the allocation")
-
-    monkeypatch.setitem(sys.modules, "voroq.pipeline.plan", SimpleNamespace(make_plan=make_plan))
-    planning = SimpleNamespace(plan_model=plan_model, read_plan=lambda path: f"the plan in {path}")
-    monkeypatch.setitem(sys.modules, "voroq.pipeline.planning", planning)
-    seen.checked = []
-    run = SimpleNamespace(check_memory_of=lambda model, **rest: seen.checked.append(model))
-    monkeypatch.setitem(sys.modules, "voroq.pipeline.run", run)
-    monkeypatch.setitem(sys.modules, "voroq.front", SimpleNamespace(quantize_model=quantize_model))
-    return seen
 
 
 def test_help_imports_neither_torch_nor_transformers():
@@ -97,73 +57,6 @@ def test_version_is_the_package_version():
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert result.stdout.startswith("voroq ")
-
-
-def test_quantize_passes_everything_on(library, capsys):
-    argv = ["quantize", "in", "out", "--method", "gptq", "--bits", "3.2", "--option", "group-size=64", "-o", "damping = 0.02"]
-    argv += ["--calibration", "c.txt", "--samples", "7", "--context", "33", "--mode", "sequential", "--device", "cpu", "--seed", "5"]
-    assert run(*argv, "--resume", "--trust-remote-code", "--revision", "abc", "--json") == 0
-    assert library.plan == ("gptq", 3.2, {"group_size": "64", "damping": "0.02"})
-    args, kwargs = library.call
-    assert args == ("in", "out", "the plan")
-    assert kwargs == {
-        "calibration": "c.txt", "samples": 7, "context": 33, "mode": "sequential", "hessian": "auto", "device": "cpu", "seed": 5,
-        "resume": True, "revision": "abc", "trust_remote_code": True, "block_tuning": None,
-        "tuning": None,
-    }  # fmt: skip
-    assert type(kwargs["mode"]) is str
-    out, err = capsys.readouterr()
-    assert json.loads(out) == REPORT
-    assert "block 1/2  layers.0.q_proj  loss 0.0213  0.5 s  ETA" in err
-    assert "warning: a [warning]" in err
-
-
-def test_effort_is_a_tuning_and_options_that_yield_to_the_users(library):
-    run("quantize", "in", "out", "--effort", "balanced")
-    assert library.call[1]["tuning"] == EFFORTS["balanced"].tuning is not None
-    assert library.checked == ["in"]
-    run("quantize", "in", "out", "--effort", "best", "-o", "rounds=7")
-    assert library.call[1]["tuning"] == EFFORTS["best"].tuning
-    assert library.plan == ("vptq", None, {**EFFORTS["best"].options["vptq"], "rounds": "7"})
-
-
-@pytest.mark.parametrize(
-    ("given", "effort"),
-    [([], "balanced"), (["--method", "gptq"], "fast"), (["--tune-blocks", "9"], "fast"), (["--effort", "fast"], "fast")],
-)
-def test_what_the_effort_is_where_none_is_given(given, effort, library):
-    run("quantize", "in", "out", *given)
-    assert library.call[1]["tuning"] == EFFORTS[effort].tuning
-    assert library.checked == (["in"] if effort == "balanced" else [])
-
-
-def test_steps_of_blocks_are_passed_on(library):
-    run("quantize", "in", "out", "--tune-blocks", "7")
-    assert library.call[1]["block_tuning"] == Tuning(steps=7) and library.call[1]["tuning"] is None
-
-
-def test_a_plan_comes_from_a_file_or_from_an_allocation(library, capsys):
-    run("quantize", "in", "out", "--plan", "p.json", "--hessian", "two-sided")
-    assert library.call[0] == ("in", "out", "the plan in p.json") and library.call[1]["hessian"] == "two-sided"
-    run("quantize", "in", "out", "--bits", "2.1", "--allocate", "--context", "33")
-    assert library.call[0] == ("in", "out", "the allocation")
-    assert library.planned[0] == ("in", "the plan") and library.planned[1]["context"] == 33
-    assert run("quantize", "in", "out", "--plan", "p.json", "--bits", "2") == 2
-    assert "one or the other" in capsys.readouterr().err
-
-
-def test_absent_bits_are_left_to_the_plan(library):
-    run("quantize", "in", "out", "-o", "table_bits=8")
-    assert library.plan == ("vptq", None, {"table_bits": "8"})
-
-
-def test_quantize_without_json_says_what_was_made(library, capsys):
-    run("quantize", "in", "out")
-    out = capsys.readouterr().out
-    assert "2.050" in out
-    assert "1 min 15 s" in out
-    assert "0.0900 -> 0.0500" in out
-    assert "voroq eval out --against in" in out
 
 
 @pytest.mark.parametrize(

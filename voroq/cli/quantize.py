@@ -88,7 +88,13 @@ PlanFile = Annotated[
     typer.Option(metavar="FILE", help="Settings of every linear, as voroq plan writes them, instead of --bits.", show_default=False),
 ]
 Allocate = Annotated[
-    bool, typer.Option("--allocate", help="Spend the bits where they are worth most: what voroq plan does, and then quantize.")
+    bool | None,
+    typer.Option(
+        "--allocate/--no-allocate",
+        help="Spend the bits where they are worth most: what voroq plan does, and then quantize. By default for vptq and pvq with --bits, "
+        "and for every method that an effort tunes.",
+        show_default=False,
+    ),
 ]
 
 TuneBlocks = Annotated[
@@ -117,7 +123,7 @@ def quantize(
     bits: Bits = None,
     option: Option = None,
     plan: PlanFile = None,
-    allocate: Allocate = False,
+    allocate: Allocate = None,
     calibration: CalibrationSource = None,
     samples: Samples = None,
     context: Context = None,
@@ -163,7 +169,7 @@ def quantize(
     from voroq.front import quantize_model
     from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
-    from voroq.pipeline.planning import plan_model, read_plan
+    from voroq.pipeline.planning import can_plan, plan_model, read_plan
     from voroq.pipeline.run import check_memory_of
     from voroq.tuning.loop import Tuning
 
@@ -171,17 +177,19 @@ def quantize(
         effort = EffortName.balanced if method == "vptq" and not tune_blocks else EffortName.fast
     chosen = EFFORTS[effort.value]
     wanted = read_plan(plan) if plan is not None else make_plan(method, bits, chosen.completed(method, pairs))
-    shared = {"calibration": calibration, "context": context, "device": device, "seed": seed}
-    shared |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    shared = {"calibration": calibration, "context": context, "seed": seed}
+    place = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     inputs = {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
     if chosen.tuning is not None:
-        check_memory_of(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
+        check_memory_of(model, **place)
+    if allocate is None:
+        allocate = chosen.allocates(wanted) and can_plan(model, **place)
     with terminal_progress(err()) as progress:
-        if allocate or chosen.allocates(wanted):
-            wanted = plan_model(model, wanted, progress=progress, **shared).plan
+        if allocate:
+            wanted = plan_model(model, wanted, progress=progress, **shared, **place).plan
         blocks = Tuning(steps=tune_blocks) if tune_blocks else None
         how = {"mode": mode.value, "hessian": hessian.value, "block_tuning": blocks, "tuning": chosen.tuning}
-        report = quantize_model(model, out, wanted, samples=samples, resume=resume, progress=progress, **how, **shared, **inputs)
+        report = quantize_model(model, out, wanted, samples=samples, resume=resume, progress=progress, **how, **shared, **place, **inputs)
     emit(report, as_json, summary(report, out))
 
 

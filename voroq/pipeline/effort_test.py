@@ -13,9 +13,9 @@ def test_more_effort_is_more_work():
 
 
 def test_only_a_budget_is_allocated_and_only_where_the_effort_says_so():
-    budget, given = make_plan("vptq", 2.1, {}), make_plan("vptq", None, {"table_bits": "8"})
-    assert not EFFORTS["fast"].allocates(budget)
-    assert all(EFFORTS[name].allocates(budget) and not EFFORTS[name].allocates(given) for name in ("balanced", "best"))
+    budget, given, grid = make_plan("vptq", 2.1, {}), make_plan("vptq", None, {"table_bits": "8"}), make_plan("gptq", 4.2, {})
+    assert all(effort.allocates(budget) and not effort.allocates(given) for effort in EFFORTS.values())
+    assert [effort.allocates(grid) for effort in EFFORTS.values()] == [False, True, True]
 
 
 def test_what_was_asked_for_comes_first():

@@ -100,6 +100,12 @@ def plan_model(
     return Planned(plan, tuple(rows), total, sum(row["kl"] for row in rows))
 
 
+def can_plan(source: str | Path, *, device: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """Whether what the linears of the model in `source` are worth can be measured: it needs a language model head."""
+    origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
+    return open_model(origin, device=resolve_devices(device)[0]).skeleton.get_output_embeddings() is not None
+
+
 def read_plan(path: str | Path) -> Plan:
     """The plan in a file, perhaps edited. Raises VoroqError naming the entry that is wrong and what is needed."""
     path = Path(path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from voroq.errors import VoroqError
-from voroq.methods import METHODS, Method
+from voroq.methods import METHODS, Method, probing
 from voroq.packed.files import write_json
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.plan import Budget, Plan, distortion, parse_options
@@ -84,7 +84,8 @@ def plan_model(
         progress=progress,
     )
     with tempfile.TemporaryDirectory() as folder:
-        costs = probe(model, ready.plan, ready.windows, dtype=ready.dtype, seed=seed, folder=Path(folder), progress=progress)
+        rules = tuple((name, method and probing(method)) for name, method in ready.plan.rules)
+        costs = probe(model, Plan(None, rules), ready.windows, dtype=ready.dtype, seed=seed, folder=Path(folder), progress=progress)
     progress.done()
     slopes = {name: kl / distortion(ready.plan.method_for(name)) for name, kl in costs.items()}
     float_bits = 8 * ready.dtype.itemsize

@@ -7,7 +7,7 @@ import torch
 
 from voroq.errors import VoroqError
 from voroq.experts import unstack_experts
-from voroq.methods import GPTQ, VPTQ
+from voroq.methods import GPTQ, PVQ, VPTQ, probing
 from voroq.pipeline.gradients import output_gradients
 from voroq.pipeline.observe_test import prepared
 from voroq.pipeline.plan import Budget, Plan, distortion, make_plan
@@ -105,3 +105,10 @@ def test_what_sets_the_rate_cannot_be_allocated():
     with pytest.raises(VoroqError, match="nothing to allocate"):
         plan_model(DEMO_MODEL, make_plan("vptq", None, {"table_bits": "8"}))
     assert isinstance(make_plan("vptq", 2.0, {}), Budget)
+
+
+@pytest.mark.parametrize("method", [VPTQ(vector_length=3, table_bits=5, residual_bits=4), PVQ(bits=2.5), GPTQ(bits=3)])
+def test_probing_keeps_the_rate_and_leaves_the_search_out(method):
+    quick = probing(method)
+    assert quick.stored_bits((96, 64), 16) == method.stored_bits((96, 64), 16) and type(quick) is type(method)
+    assert quick == method if isinstance(method, GPTQ) else quick != method

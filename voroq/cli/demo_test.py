@@ -20,6 +20,7 @@ def run(*argv: object) -> int:
 def test_the_demo_measures_both_models_and_lets_both_write(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "make_plan", lambda *args: RTN(bits=4))
     monkeypatch.setattr(demo, "SAMPLES", 2)
+    monkeypatch.setattr(demo, "EFFORT", "fast")
     out = tmp_path / "demo"
     assert run("--out", out, "--windows", 2, "--json") == 0
     found = json.loads(capsys.readouterr().out)

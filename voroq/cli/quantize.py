@@ -77,9 +77,8 @@ ModeKind = Annotated[
 EffortKind = Annotated[
     EffortName | None,
     typer.Option(
-        help="fast: the method alone, one block in memory. balanced: bits go where they are worth most, then the whole model is tuned "
-        "towards the original's logits (both in memory). best: a longer search and a longer tuning. Default: balanced for vptq, fast for "
-        "other methods and with --tune-blocks.",
+        help="fast: nothing is tuned, one block in memory. balanced: then the whole model is tuned towards the original's logits (both in "
+        "memory). best: a longer search and a longer tuning. Default: balanced for vptq, fast for other methods and with --tune-blocks.",
         show_default=False,
     ),
 ]

@@ -1,6 +1,7 @@
 """Whole models: the official loader opens our folders and says what we say."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from conftest import ask
 from voroq.integrations.conftest import write_model
 from voroq.methods import VPTQ
 from voroq.packed.conftest import rewrite
+from voroq.pipeline.effort import EFFORTS
+from voroq.pipeline.plan import make_plan
+from voroq.pipeline.planning import plan_model
 from voroq.pipeline.text import DEMO_MODEL
 
 TINY = ("llama", "qwen2")  # not tied ones: the official loader moves a model to its device before it ties the head to the embedding
@@ -22,6 +26,8 @@ RECIPES = {
         outlier_table_bits=8, normalize="std", kmeans_steps=4, rounds=0,
     ),
 }  # fmt: skip
+PRESET = "--effort balanced, shortened"
+"""Bits allocated, tables, norms, codes and head tuned."""
 
 
 def both(folder, prompts: list[list[int]], new: int, dtype: str | None, work) -> list[dict[str, torch.Tensor]]:
@@ -55,11 +61,15 @@ def test_tiny_models_of_random_tables_give_the_same_logits_and_tokens(tmp_path, 
             assert tensor.dtype == official[name].dtype and torch.allclose(official[name], tensor, atol=2e-5), name
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=[*RECIPES, PRESET])
 def demo(request, tmp_path_factory):
     """The bundled model, quantized by the pipeline itself."""
-    folder = tmp_path_factory.mktemp("demo") / "out"
-    voroq.quantize_model(DEMO_MODEL, folder, RECIPES[request.param], samples=16, context=128)
+    folder, tuning, plan = tmp_path_factory.mktemp("demo") / "out", None, RECIPES.get(request.param)
+    if request.param == PRESET:
+        plan = plan_model(DEMO_MODEL, make_plan("vptq", 2.1, {"kmeans_steps": "4", "rounds": "1"}), samples=16, context=128).plan
+        tuning = replace(EFFORTS["balanced"].tuning, steps=8, samples=64)
+    report = voroq.quantize_model(DEMO_MODEL, folder, plan, samples=16, context=128, tuning=tuning)
+    assert tuning is None or report["tuning"]["kl_after"] < report["tuning"]["kl_before"]
     return request.param, folder
 
 

@@ -25,8 +25,15 @@ OURS = {
         ("vptq", 2.107, {}, "balanced"),
         ("vptq", 2.107, {}, "best"),
         ("pvq", 2.107, {}, "fast"),
+        ("pvq", 2.107, {}, "balanced"),
     ],
-    "VPTQ v2 k64": [("vptq", 3.043, {}, "fast"), ("vptq", 3.043, {}, "balanced"), ("vptq", 3.043, {}, "best"), ("pvq", 3.043, {}, "fast")],
+    "VPTQ v2 k64": [
+        ("vptq", 3.043, {}, "fast"),
+        ("vptq", 3.043, {}, "balanced"),
+        ("vptq", 3.043, {}, "best"),
+        ("pvq", 3.043, {}, "fast"),
+        ("pvq", 3.043, {}, "balanced"),
+    ],
     "GPTQ w3 g128 act-order mse": [("gptq", None, {"bits": "3", "group_size": "128"}, "fast"), ("pvq", 3.0, {}, "fast")],
     "GPTQ w4 g128 act-order": [
         ("gptq", None, {"bits": "4", "group_size": "128"}, "fast"),

@@ -3,6 +3,7 @@
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def measure(
     *,
     samples: int,
     windows: int,
-    calibration: str = "calibration-c4",
+    calibration: str | Sequence[str] = "calibration-c4",
     **options: Any,
 ) -> dict[str, Any]:
     """The row of `plan` at `effort`, calibrated on `samples` windows; seconds are those of planning, quantizing and tuning."""

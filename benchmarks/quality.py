@@ -48,8 +48,9 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="the settings whose name holds this")
     parser.add_argument("--effort", default="", choices=["", *EFFORTS], help="only the rows of this effort")
     parser.add_argument("--method", default="", choices=["", "vptq", "pvq", "gptq"], help="only the rows of this method")
-    parser.add_argument("--calibration", default="calibration-c4", metavar="TEXT", help="another text than the reference's")
+    parser.add_argument("--calibration", action="append", metavar="TEXT", help="another text than the reference's; repeatable")
     args = parser.parse_args()
+    calibration = args.calibration or ["calibration-c4"]
     samples, windows = (32, 10) if args.quick else (512, 100)
     rows = []
     for name, (reference_bits, reference) in REFERENCE.items():
@@ -60,9 +61,9 @@ def main() -> None:
             label = f"{method} --bits {bits}" if bits else f"{method}, the same"
             work = EFFORTS[effort]
             plan = make_plan(method, bits, work.completed(method, options))
-            label += f" --effort {effort}"
-            rows.append(measure(label, plan, work, samples=samples, windows=windows, calibration=args.calibration))
-    publish(f"bundled model, {args.calibration}, context 256, total bits per weight", rows, args, samples=samples, windows=windows)
+            label += f" --effort {effort}" + "".join(f" --calibration {text}" for text in args.calibration or [])
+            rows.append(measure(label, plan, work, samples=samples, windows=windows, calibration=calibration))
+    publish(f"bundled model, {' + '.join(calibration)}, context 256, total bits per weight", rows, args, samples=samples, windows=windows)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def plan(
             model,
             budget,
             size=None if size is None else parse_size(size),
-            calibration=calibration,
+            calibration=calibration or None,
             samples=samples,
             context=context,
             device=device,

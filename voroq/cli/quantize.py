@@ -50,10 +50,11 @@ Option = Annotated[
     typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method, repeatable; see voroq methods.", show_default=False),
 ]
 CalibrationSource = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         metavar="TEXT",
-        help="A .txt, .jsonl or .json file, calibration-mixed (bundled, the default), calibration-c4, or dataset:NAME[:CONFIG[:SPLIT]].",
+        help="A .txt, .jsonl or .json file, calibration-mixed (bundled, the default), calibration-c4, or dataset:NAME[:CONFIG[:SPLIT]]; "
+        "repeatable.",
         show_default=False,
     ),
 ]
@@ -176,7 +177,7 @@ def quantize(
         effort = EffortName.balanced if method == "vptq" and not tune_blocks else EffortName.fast
     chosen = EFFORTS[effort.value]
     wanted = read_plan(plan) if plan is not None else make_plan(method, bits, chosen.completed(method, pairs))
-    shared = {"calibration": calibration, "context": context, "seed": seed}
+    shared = {"calibration": calibration or None, "context": context, "seed": seed}
     place = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     inputs = {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
     if chosen.tuning is not None:

@@ -5,7 +5,7 @@ better than it is.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,8 @@ from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.text import CALIBRATION_TEXTS, Tokenizer, bundled, cut_windows, evaluation_name, is_evaluation_text, read_text, tokenize
 
 DEFAULT_SAMPLES = 512
+Texts = str | Path | Sequence[str | Path] | None
+"""A calibration text, several, or None for the bundled mixed text."""
 # Characters a token is credited with when reading from a dataset without end; English is near 4, so the choice stays a choice.
 DATASET_CHARACTERS_PER_TOKEN = 16
 
@@ -32,7 +34,7 @@ class Calibration(NamedTuple):
 
 def calibration_windows(
     tokenizer: Tokenizer,
-    source: str | Path | None,
+    source: Texts,
     *,
     samples: int = DEFAULT_SAMPLES,
     context: int,
@@ -41,23 +43,38 @@ def calibration_windows(
 ) -> Calibration:
     """`samples` windows of `context` tokens, drawn by `seed` among the non-overlapping windows of `source`, in the text's order.
 
-    `source`: None (the bundled mixed text), a bundled name, a .txt / .jsonl / .json file, or "dataset:NAME[:CONFIG[:SPLIT]]".
+    `source`: None (the bundled mixed text), a bundled name, a .txt / .jsonl / .json file, or "dataset:NAME[:CONFIG[:SPLIT]]"; of
+    several the windows are drawn from all together.
+
     A text with fewer windows gives all it has, with a warning. Raises VoroqError for evaluation texts, for what cannot be
     read and for a text shorter than one window.
     """
     if samples < 1 or context < 1:
         raise VoroqError(f"{samples} windows of {context} tokens cannot calibrate: both must be 1 or more")
-    name, text = calibration_text(source, characters=samples * context * DATASET_CHARACTERS_PER_TOKEN)
-    windows = cut_windows(tokenize(tokenizer, text), context, name)
+    texts = [calibration_text(one, characters=samples * context * DATASET_CHARACTERS_PER_TOKEN) for one in _listed(source)]
+    windows = torch.cat([cut_windows(tokenize(tokenizer, text), context, name) for name, text in texts])
     if windows.shape[0] <= samples:
         if windows.shape[0] < samples:
-            text = f"{name} has {windows.shape[0]} windows of {context} tokens, not {samples}: calibrating on all of them"
+            text = f"{described(source)} has {windows.shape[0]} windows of {context} tokens, not {samples}: calibrating on all of them"
             (progress or Silent()).warn(text)
         chosen = windows
     else:
         order = torch.randperm(windows.shape[0], generator=torch.Generator().manual_seed(seed))
         chosen = windows[order[:samples].sort().values]
     return Calibration(chosen, hashlib.sha256(chosen.numpy().tobytes() + str(tuple(chosen.shape)).encode()).hexdigest())
+
+
+def described(source: Texts) -> str:
+    """The names of a calibration's texts, for people."""
+    return " + ".join(CALIBRATION_TEXTS[0] if one is None else str(one) for one in _listed(source))
+
+
+def _listed(source: Texts) -> list[str | Path | None]:
+    if source is None or isinstance(source, str | Path):
+        return [source]
+    if not source:
+        raise VoroqError("no calibration text is given; leave it out for the bundled one, or give at least one")
+    return list(source)
 
 
 def calibration_text(source: str | Path | None, *, characters: int) -> tuple[str, str]:

@@ -73,6 +73,23 @@ def test_a_short_text_gives_all_it_has_and_says_so(numbers):
     assert ears.heard == []
 
 
+def test_windows_of_several_texts_are_drawn_from_all_together(numbers, tmp_path):
+    second = tmp_path / "second.txt"
+    second.write_text(" ".join(str(i) for i in range(1000, 1100)))
+    both = choose([numbers, second], samples=40).windows
+    assert both.shape == (40, 5) and sorted(both[:, 0].tolist()) == [*range(0, 100, 5), *range(1000, 1100, 5)]
+    few = choose([numbers, second], samples=20).windows
+    assert (few < 100).any() and (few >= 1000).any()
+    assert torch.equal(choose([numbers]).windows, choose(numbers).windows)
+    ears = Ears()
+    choose([numbers, second], samples=41, progress=ears)
+    assert f"{numbers} + {second} has 40 windows" in ears.heard[0]
+    with pytest.raises(VoroqError, match="evaluation text"):
+        choose([numbers, "c4"])
+    with pytest.raises(VoroqError, match="at least one"):
+        choose([])
+
+
 def test_the_default_is_the_bundled_mixed_text():
     assert torch.equal(choose(None).windows, choose("calibration-mixed").windows)
 

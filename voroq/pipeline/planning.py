@@ -17,6 +17,7 @@ from typing import Any
 from voroq.errors import VoroqError
 from voroq.methods import METHODS, Method, probing
 from voroq.packed.files import write_json
+from voroq.pipeline.calibration import Texts
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.plan import Budget, Plan, distortion, parse_options
 from voroq.pipeline.preflight import prepare
@@ -51,7 +52,7 @@ def plan_model(
     budget: Budget | Plan,
     *,
     size: int | None = None,
-    calibration: str | Path | None = None,
+    calibration: Texts = None,
     samples: int | None = None,
     context: int | None = None,
     device: str = "auto",

@@ -7,7 +7,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import voroq
 from voroq.errors import VoroqError
 from voroq.methods import METHODS, VPTQ, Method
 from voroq.pipeline.blocks import Site
-from voroq.pipeline.calibration import DEFAULT_SAMPLES, calibration_windows
+from voroq.pipeline.calibration import DEFAULT_SAMPLES, Texts, calibration_windows
 from voroq.pipeline.model import OpenModel
 from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.progress import Progress
@@ -52,7 +51,7 @@ def prepare(
     model: OpenModel,
     plan: Plan | Budget | Method,
     *,
-    calibration: str | Path | None,
+    calibration: Texts,
     samples: int | None,
     context: int | None,
     mode: str,

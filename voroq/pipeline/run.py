@@ -31,7 +31,8 @@ from voroq.packed.base import Packed, Spec
 from voroq.packed.format import pack, spec_type, unpack
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
-from voroq.pipeline.calibration import calibration_windows
+from voroq.pipeline.calibration import Texts, calibration_windows
+from voroq.pipeline.calibration import described as described_text
 from voroq.pipeline.finished import put_back, tune_finished
 from voroq.pipeline.gradients import gradient_windows, observe_guided, observe_outputs, output_gradients, stored_bytes
 from voroq.pipeline.model import OpenModel, open_model
@@ -56,7 +57,7 @@ def quantize_model(
     out: str | Path,
     plan: Plan | Budget | Method,
     *,
-    calibration: str | Path | None = None,
+    calibration: Texts = None,
     samples: int | None = None,
     context: int | None = None,
     mode: str = "parallel",
@@ -118,7 +119,7 @@ def quantize_model(
         "hessian": hessian,
         "seed": seed,
         "calibration": {
-            "text": str(calibration or "calibration-mixed"),
+            "text": described_text(calibration),
             "samples": ready.windows.shape[0],
             "context": ready.windows.shape[1],
         },

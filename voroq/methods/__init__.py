@@ -1,7 +1,11 @@
 """One paper, one file. `METHODS` is the list of names the command line knows; any callable `Method` will do in Python."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
+from voroq import native
 from voroq.methods.base import Method
 from voroq.methods.gptq import GPTQ
 from voroq.methods.pvq import PVQ
@@ -28,9 +32,11 @@ def is_guided(method: Method) -> bool:
     return not isinstance(method, GPTQ | RTN | PVQ)
 
 
-def is_slow_two_sided(method: Method) -> bool:
-    """Whether looking at them takes `method` hours a matrix without the library of CPU kernels, which searches pyramids in a metric."""
-    return isinstance(method, PVQ) and method.two_sided
+def is_slow_two_sided(method: Method, devices: Sequence[torch.device]) -> bool:
+    """Whether looking at them takes `method` hours a matrix on `devices`: pyramids, without the library of CPU kernels, which searches
+    them in a metric."""
+    quick = native.library() is not None and all(device.type == "cpu" for device in devices)
+    return isinstance(method, PVQ) and method.two_sided and not quick
 
 
 __all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_guided", "is_one_sided", "is_slow_two_sided", "probing"]

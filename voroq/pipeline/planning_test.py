@@ -1,10 +1,13 @@
 """Sensitivities held against explicit perturbations; plan files there and back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from voroq import native
+from voroq.codebook.pyramid import Pulses
 from voroq.errors import VoroqError
 from voroq.experts import unstack_experts
 from voroq.methods import GPTQ, PVQ, VPTQ, probing
@@ -45,6 +48,25 @@ def test_probing_weighs_every_site_that_the_plan_rounds(tmp_path):
     found = probe(model, plan, tokens, dtype=torch.float32, seed=0, folder=tmp_path, progress=Silent())
     assert set(found) == {site.name for index in range(3) for site in model.sites(index) if "down_proj" not in site.name}
     assert all(kl > 0 for kl in found.values())
+
+
+def test_pyramids_are_probed_by_inputs_alone_where_both_sides_are_slow(tmp_path, monkeypatch):
+    _, tokens, model, _ = prepared("Llama", tmp_path)
+    seen, call = [], PVQ.__call__
+
+    def keep(self, w, moments, rng):
+        seen.append(moments.outputs is not None)
+        return call(self, w, replace(moments, outputs=None), rng)
+
+    monkeypatch.setattr(PVQ, "__call__", keep)
+    for library in (object(), None):
+        monkeypatch.setattr(native, "library", lambda library=library: library)
+        plan = Plan(None, (("*.0.*down_proj", PVQ(bits=2.0, rotation="none", sweeps=0)),))
+        if library is not None:
+            monkeypatch.setattr(Pulses, "is_native", lambda self, v: False)
+            monkeypatch.setattr("voroq.numerics.nearest.is_native", lambda v: False)
+        probe(model, plan, tokens, dtype=torch.float32, seed=0, folder=tmp_path, progress=Silent())
+    assert seen == [True, False]
 
 
 def test_a_plan_spends_its_bits_where_they_are_worth_most_and_survives_its_file(tmp_path):

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 import voroq
-from voroq import native
 from voroq.errors import VoroqError
 from voroq.methods import Method, is_guided, is_one_sided, is_slow_two_sided
 from voroq.moments import Moments
@@ -172,8 +171,7 @@ def _resolved(model: OpenModel, hessian: str, methods: Sequence[Method], devices
             raise VoroqError(f"hessian guided is for vptq; {type(deaf[0]).__name__} takes --hessian input, two-sided or auto")
         return hessian
     head = model.skeleton.get_output_embeddings() is not None
-    quick = native.library() is not None and all(device.type == "cpu" for device in devices)
-    able = [method for method in methods if not is_one_sided(method) and (quick or hessian != "auto" or not is_slow_two_sided(method))]
+    able = [method for method in methods if not is_one_sided(method) and (hessian != "auto" or not is_slow_two_sided(method, devices))]
     return "two-sided" if head and hessian != "input" and able else "input"
 
 

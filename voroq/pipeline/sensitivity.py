@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from voroq.errors import VoroqError
+from voroq.methods import is_slow_two_sided
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients, pull_through
 from voroq.pipeline.model import OpenModel
@@ -73,7 +74,10 @@ def _probe_block(
     linears, errors = model.linears(block, index), {}
     for name in names:
         w = linears[name].weight.detach().float()
-        made = chosen[name](w, replace(moments[name], outputs=outputs[name]), generator(seed, name))
+        known = moments[name]
+        if not is_slow_two_sided(chosen[name], (model.device,)):
+            known = replace(known, outputs=outputs[name])
+        made = chosen[name](w, known, generator(seed, name))
         errors[name] = w - narrow(made, dtype).dequantize().to(w.device)
     found = divergences(model, block, index, states, gradients, batch, errors)
     run_block(model, block, index, states, batch, states)

@@ -36,6 +36,11 @@ def rows(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
 
+def effort_of(r: dict[str, Any]) -> str:
+    """The word behind --effort, whatever texts follow it."""
+    return r["setting"].partition("--effort ")[2].partition(" ")[0] or "fast"
+
+
 def decibels(bits: float, error: float) -> float:
     """Above the least error that any code of so many bits has, 4^-bits."""
     return 10 * math.log10(error * 4**bits)
@@ -62,7 +67,7 @@ def quality() -> None:
     for name in ("quality", "quality-other", "quality-pvq"):
         for r in rows(name):
             method = r["setting"].split()[0].strip(",").lower()
-            effort = r["setting"].rpartition("--effort ")[2] if "--effort" in r["setting"] else "fast"
+            effort = effort_of(r)
             label = f"{method}, reference code" if r["row"] == "reference" else f"{method}, {effort}"
             lines.setdefault(label, []).append((r["bpw"], r["gap"]))
     free = [(r["bits"], r["gap"]) for r in rows("pvq_model") if r["part"] == "free"]
@@ -85,7 +90,7 @@ def vptq() -> None:
     efforts: dict[str, list[tuple[float, float]]] = {}
     for r in rows("quality"):
         if r["row"] == "voroq" and r["setting"].startswith("vptq"):
-            efforts.setdefault(r["setting"].rpartition("--effort ")[2], []).append((r["bpw"], r["gap"]))
+            efforts.setdefault(effort_of(r), []).append((r["bpw"], r["gap"]))
     for effort, points in efforts.items():
         points.sort()
         axes.plot([bits for bits, _ in points], [gap for _, gap in points], "o-", label=f"voroq vptq, {effort}", linewidth=2)

@@ -63,7 +63,8 @@ def choice(original: nn.Module, tokenizer: Any, windows: int) -> list[dict[str, 
     rows = []
     for name, method in CHOICE.items():
         model, bits = streamed(method=method)
-        found = [evaluate(model.dequantize(), tokens, against=original) for tokens in held]
+        model = model.dequantize()
+        found = [evaluate(model, tokens, against=original) for tokens in held]
         rows.append(row("choice", name, bits, found, [e.perplexity_against for e in found]))
     return rows
 

@@ -79,7 +79,7 @@ def quality() -> None:
         axes.plot([bits for bits, _ in points], [gap for _, gap in points], style, label=label, markersize=4)
     axes.set(yscale="log", xlabel="bits per weight, everything stored", ylabel="mean ln(perplexity / full precision's)")
     axes.set_title("Bundled model")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     save(figure, "pvq-quality")
 
 

@@ -89,17 +89,16 @@ def observe_outputs(
 
     What few tokens cannot tell is filled in (see `shrunk`).
     """
-    linears = {name: linear for name, linear in model.linears(block, index).items() if name in sites}
-    sums = {name: torch.zeros(linear.out_features, linear.out_features, device=model.device) for name, linear in linears.items()}
-    seen = dict.fromkeys(linears, 0)
 
-    def collect(name: str, x: Tensor, gradient: Tensor) -> None:
-        g = gradient.reshape(-1, gradient.shape[-1]).float()
-        sums[name].addmm_(g.T, g)
-        seen[name] += g.shape[0]
+    def empty(linear: nn.Linear) -> Tensor:
+        return torch.zeros(linear.out_features, linear.out_features, device=model.device)
 
-    pull_through(model, block, index, inputs, gradients, batch, sites=linears, collect=collect)
-    return {name: shrunk(total / max(seen[name], 1), seen[name]) for name, total in sums.items()}
+    def add(total: Tensor, x: Tensor, gradient: Tensor) -> None:
+        g = gradient.float()
+        total.addmm_(g.T, g)
+
+    found = _gathered(model, block, index, inputs, gradients, batch, sites=sites, empty=empty, add=add)
+    return {name: shrunk(total / max(seen, 1), seen) for name, (total, seen) in found.items()}
 
 
 def observe_guided(
@@ -107,19 +106,41 @@ def observe_guided(
 ) -> dict[str, Float[Tensor, "n in in"]]:
     """For every even group of rows of each of `sites` in block `index` the second moment of its inputs, each token weighed by the mean
     squared gradient at the group's outputs; `GROUPS` of them, or one per row. (GuidedQuant, Kim et al. 2025, arXiv 2505.07004.)"""
+
+    def empty(linear: nn.Linear) -> Tensor:
+        return torch.zeros(min(GROUPS, linear.out_features), *[linear.in_features] * 2, device=model.device)
+
+    def add(totals: Tensor, x: Tensor, gradient: Tensor) -> None:
+        x = x.float()
+        for total, rows in zip(totals, gradient.float().square().tensor_split(len(totals), dim=1), strict=True):
+            total.addmm_((x * rows.mean(1, keepdim=True)).T, x)
+
+    found = _gathered(model, block, index, inputs, gradients, batch, sites=sites, empty=empty, add=add)
+    return {name: total / max(seen, 1) for name, (total, seen) in found.items()}
+
+
+def _gathered(
+    model: OpenModel,
+    block: nn.Module,
+    index: int,
+    inputs: Activations,
+    gradients: Activations,
+    batch: int,
+    *,
+    sites: Collection[str],
+    empty: Callable[[nn.Linear], Tensor],
+    add: Callable[[Tensor, Tensor, Tensor], None],
+) -> dict[str, tuple[Tensor, int]]:
+    """For each of `sites` what `add(sum, x [tok in], g [tok out])` makes of its `empty` sum, and the tokens that it saw."""
     linears = {name: linear for name, linear in model.linears(block, index).items() if name in sites}
-    counts = {name: min(GROUPS, linear.out_features) for name, linear in linears.items()}
-    sums = {name: torch.zeros(counts[name], *[linear.in_features] * 2, device=model.device) for name, linear in linears.items()}
-    seen = dict.fromkeys(linears, 0)
+    sums, seen = {name: empty(linear) for name, linear in linears.items()}, dict.fromkeys(linears, 0)
 
     def collect(name: str, x: Tensor, gradient: Tensor) -> None:
-        x, g = x.reshape(-1, x.shape[-1]).float(), gradient.reshape(-1, gradient.shape[-1]).float()
-        for total, rows in zip(sums[name], g.square().tensor_split(counts[name], dim=1), strict=True):
-            total.addmm_((x * rows.mean(1, keepdim=True)).T, x)
-        seen[name] += x.shape[0]
+        add(sums[name], x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+        seen[name] += gradient.numel() // gradient.shape[-1]
 
     pull_through(model, block, index, inputs, gradients, batch, sites=linears, collect=collect)
-    return {name: total / max(seen[name], 1) for name, total in sums.items()}
+    return {name: (sums[name], seen[name]) for name in linears}
 
 
 def shrunk(second: Float[Tensor, "d d"], tokens: int) -> Float[Tensor, "d d"]:

@@ -85,7 +85,7 @@ def plan_model(
         progress=progress,
     )
     with tempfile.TemporaryDirectory() as folder:
-        rules = tuple((name, method and probing(method)) for name, method in ready.plan.rules)
+        rules = tuple((name, probing(method)) for name, method in ready.plan.rules)
         costs = probe(model, Plan(None, rules), ready.windows, dtype=ready.dtype, seed=seed, folder=Path(folder), progress=progress)
     progress.done()
     slopes = {name: kl / distortion(ready.plan.method_for(name)) for name, kl in costs.items()}

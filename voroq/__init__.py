@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "voroq.integrations.load",
+    "speed_up": "voroq.integrations.decoder",
     "VoroqConfig": "voroq.streaming",
     "lora": "voroq.integrations.peft",
     "PyramidCache": "voroq.integrations.cache",

@@ -7,7 +7,7 @@ of `csrc/cpu/voroq.h`.
 import ctypes
 import weakref
 from collections import OrderedDict
-from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ABI = 6
+ABI = 7
 """Of the interface; a library built from other sources is not used."""
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 
@@ -60,6 +60,51 @@ class Sides(ctypes.Structure):
     """What an error in one row of tiles costs."""
 
     _fields_ = (("metric", c_void_p), ("inverse", c_void_p), ("columns", c_int64))
+
+
+class Turn(ctypes.Structure):
+    """A rotation: signs, then copies of a Hadamard matrix."""
+
+    _fields_ = (("signs", c_void_p), ("core", c_void_p), ("n", c_int64), ("block", c_int32), ("order", c_int32))
+
+
+class Linear(ctypes.Structure):
+    """A linear of a step of decoding: packed, or dense where it has a weight."""
+
+    _fields_ = (
+        *[("product", Product), ("weight", c_void_p), ("bias", c_void_p), ("before", Turn), ("after", Turn)],
+        *[(name, c_int32) for name in ("weight_real", "bias_real", "whole")],
+    )
+
+
+class Norm(ctypes.Structure):
+    """Gains of a root-mean-square norm."""
+
+    _fields_ = (("gains", c_void_p), ("real", c_int32), ("epsilon", c_float))
+
+
+class Layer(ctypes.Structure):
+    """One block of a decoder of Llama's form."""
+
+    _fields_ = (
+        *[(name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")],
+        *[(name, Norm) for name in ("before", "between", "q_norm", "k_norm")],
+        *[("keys", c_void_p), ("values", c_void_p), ("room", c_int64)],
+    )
+
+
+class Step(ctypes.Structure):
+    """One token through all layers."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(Layer)),
+        *[(name, c_int64) for name in ("count", "hidden", "inner", "past")],
+        *[("head", Linear), ("norm", Norm)],
+        *[(name, c_void_p) for name in ("x", "cosines", "sines", "logits")],
+        *[(name, c_int32) for name in ("heads", "pairs", "size")],
+        ("scale", c_float),
+        *[(name, c_int32) for name in ("real", "threads", "isa")],
+    )
 
 
 class Failed(RuntimeError):
@@ -198,4 +243,5 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     union, sides = ctypes.POINTER(Union), ctypes.POINTER(Sides)
     found.voroq_feedback_pulses.argtypes = (union, sides, *[c_void_p] * 4, c_int32)
     found.voroq_descend_pulses.argtypes = (union, sides, *[c_void_p] * 4, ctypes.POINTER(c_int64), c_int32)
+    found.voroq_step.argtypes = (ctypes.POINTER(Step),)
     return found, None

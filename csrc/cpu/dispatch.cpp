@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "pyramid.h"
+#include "reals.h"
 
 #include <algorithm>
 #include <cstring>
@@ -47,32 +48,6 @@ const Isa* choose(int32_t wanted) {
     return &list[std::max(wanted, 0)];
 }
 
-#include "reals.inc"
-
-uint16_t to_half(float value) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint16_t sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffffu;
-    if (bits > 0x7f800000u) return sign | 0x7e00;
-    if (bits >= 0x477ff000u) return sign | 0x7c00;
-    if (bits < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded fraction in the lowest bits
-        float size;
-        std::memcpy(&size, &bits, 4);
-        size += 0.5f;
-        std::memcpy(&bits, &size, 4);
-        return sign | uint16_t(bits - 0x3f000000u);
-    }
-    return sign | uint16_t((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13);
-}
-
-uint16_t to_brain(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
 void narrow(const float* from, int64_t count, uint16_t* to) {  // to_brain, in a form that compilers make vectors of
     for (int64_t i = 0; i < count; ++i) {
         uint32_t bits;
@@ -80,11 +55,6 @@ void narrow(const float* from, int64_t count, uint16_t* to) {  // to_brain, in a
         const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
         to[i] = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded);
     }
-}
-
-void put_real(void* to, int32_t real, int64_t i, float value) {
-    if (real == F32) static_cast<float*>(to)[i] = value;
-    else static_cast<uint16_t*>(to)[i] = real == F16 ? to_half(value) : to_brain(value);
 }
 
 // Memory of this call, on cache lines; kept by the thread for the next one.
@@ -382,6 +352,11 @@ int32_t guarded(const Work& work) {
 }
 
 }  // namespace
+
+const Kernels* kernels_of(int32_t isa) {
+    const Isa* found = choose(isa);
+    return found ? found->kernels : nullptr;
+}
 }  // namespace voroq
 
 int32_t voroq_abi() { return VOROQ_ABI; }

@@ -6,5 +6,6 @@ namespace portable_only {
 #include "kernels.inc"
 }
 const Kernels portable = {portable_only::product, portable_only::decode, portable_only::widen, portable_only::nearest,
-                          portable_only::project, portable_only::feedback_pulses, portable_only::descend_pulses, 8};
+                          portable_only::project, portable_only::feedback_pulses, portable_only::descend_pulses,
+                          portable_only::dense, portable_only::gated, portable_only::attend, 8};
 }  // namespace voroq

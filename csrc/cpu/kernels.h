@@ -83,8 +83,15 @@ struct Kernels {
     // One row of tiles of such words, in a metric of two sides.
     void (*feedback)(const Union& words, const Sides& sides, const float* u, float* rest, int16_t* codes, float* errors);
     int32_t (*descend)(const Union& words, const Sides& sides, const float* h, float* pull, float* error, int16_t* codes);
+    // A step of decoding (dense.inc).
+    void (*dense)(const void* w, int real, int64_t in, int64_t first, int64_t last, const float* x, float* y);
+    void (*gated)(float* x, const float* y, int64_t count);
+    void (*attend)(const float* q, int heads, const void* keys, const void* values, int real, int64_t many, int size, float scale, float* scores, float* to);
     int lanes;  // floats of its widest vectors
 };
+
+// Those of an instruction set by its place, the best for one below zero; null where there is none.
+const Kernels* kernels_of(int32_t isa);
 
 extern const Kernels portable;
 #if defined(__x86_64__)

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#define VOROQ_ABI 6
+#define VOROQ_ABI 7
 
 enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
 enum Kind : int32_t { TABLE = 0, GRID = 1, PYRAMID = 2, PULSES = 3 };
@@ -68,6 +68,55 @@ struct Sides {
     int64_t columns;
 };
 
+// q = diag(signs) h / sqrt(n) for vectors of n: h is n / block copies of Sylvester's matrix of order block / order times the core [order, order].
+struct Turn {
+    const float* signs;      // [n]; null: no rotation
+    const float* core;
+    int64_t n;
+    int32_t block, order;
+};
+
+// y = x w^T + bias. A packed w is given by `product` without x, y and batch; a dense one by `weight`. Its inputs are turned by `before`, what
+// comes out is turned back by `after`.
+struct Linear {
+    Product product;
+    const void* weight;      // [out, in] or null
+    const void* bias;        // or null
+    Turn before, after;
+    int32_t weight_real, bias_real;
+    int32_t whole;           // inputs and outputs of the packed product are floats, whatever the step's type
+};
+
+// Gains of a root-mean-square norm, or null.
+struct Norm {
+    const void* gains;
+    int32_t real;
+    float epsilon;
+};
+
+// h += o(attention(q(n), k(n), v(n))), n = before(h); h += down(silu(gate(m)) * up(m)), m = between(h).
+struct Layer {
+    Linear q, k, v, o, gate, up, down;
+    Norm before, between, q_norm, k_norm;
+    void *keys, *values;     // [pairs, room, size], of the step's type
+    int64_t room;
+};
+
+// One token through all layers; its keys and values are written at place `past`, for which every layer must have room.
+struct Step {
+    const Layer* layers;
+    int64_t count, hidden, inner, past;
+    Linear head;
+    Norm norm;
+    const void* x;           // [hidden]
+    const float *cosines, *sines;  // [size], of the token's position
+    void* logits;            // [head.product.out]
+    int32_t heads, pairs, size;    // of queries, of keys and values; what one is made of, a multiple of 16
+    float scale;             // of the scores
+    int32_t real;            // Real, of x, keys, values, logits and of what goes into linears
+    int32_t threads, isa;
+};
+
 #pragma GCC visibility push(default)
 extern "C" {
 int32_t voroq_abi();
@@ -104,5 +153,6 @@ int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* le
 int32_t voroq_feedback_pulses(const Union* words, const Sides* sides, const float* u, float* rest, int16_t* codes, float* errors, int32_t isa);
 int32_t voroq_descend_pulses(
     const Union* words, const Sides* sides, const float* h, float* pull, float* error, int16_t* codes, int64_t* moves, int32_t isa);
+int32_t voroq_step(const Step* step);
 }
 #pragma GCC visibility pop

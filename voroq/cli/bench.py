@@ -23,6 +23,10 @@ def bench(
     new: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens written after it.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds; the best of them counts.")] = 3,
     expand: Annotated[bool, typer.Option("--expand", help="Load MODEL's pyramids spelled out, as integers of 4 or 8 bits.")] = False,
+    native_steps: Annotated[
+        bool,
+        typer.Option("--native-steps/--torch-steps", help="On the CPU: one call of the library for a token, or operation by operation."),
+    ] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
@@ -44,11 +48,15 @@ def bench(
     """
     from voroq.evaluation.models import open_model
     from voroq.evaluation.speed import measure
+    from voroq.integrations.decoder import speed_up
 
     names = [model] if against in (None, model) else [model, against]
     opening = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     own = {"revision": revision, "expand": expand}
     opened = {name: open_model(name, **opening, **(own if name == model else {}))[0] for name in names}
+    steps = {name: "torch" for name in names}
+    if native_steps:
+        steps = {name: "torch, as " + why if (why := speed_up(one)) else "the library" for name, one in opened.items()}
     found = measure(opened, batches=tuple(batch or (1, 4, 16)), prompt=prompt, new=new, repeats=repeats)
     where = f"{found.device}, {found.threads} threads, copying {found.bandwidth / 1e9:.1f} GB/s"
     weights = ", ".join(f"{name} {size(count)}" for name, count in found.weights.items())
@@ -60,4 +68,6 @@ def bench(
     for speed in found.speeds:
         decode = ("-", "-") if speed.decode is None else (f"{speed.decode:.1f}", f"{100 * speed.of_limit:.1f} %")
         table.add_row(speed.model, str(speed.batch), f"{speed.prefill:.1f}", *decode)
-    emit(asdict(found), as_json, Text(f"{where}; weights: {weights}; at most {peaks} in all"), table)
+    by = ", ".join(f"{name}: {how}" for name, how in steps.items())
+    summary = Text(f"{where}; weights: {weights}; at most {peaks} in all; steps of one token by {by}")
+    emit(asdict(found) | {"steps": steps}, as_json, summary, table)

@@ -53,8 +53,10 @@ def generate(
     """
     from voroq.evaluation import generation
     from voroq.evaluation.models import open_model
+    from voroq.integrations.decoder import speed_up
 
     opened, tokenizer = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    speed_up(opened)
     tokens = generation.prompt_tokens(tokenizer, prompt)
     pieces = chain([prompt], repeat(""))  # the prompt goes before the first piece, and nowhere if generating is refused
     result = generation.generate(
@@ -99,8 +101,10 @@ def chat(
     """
     from voroq.evaluation import generation
     from voroq.evaluation.models import open_model
+    from voroq.integrations.decoder import speed_up
 
     opened, tokenizer = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    speed_up(opened)
     if tokenizer.chat_template is None:
         err().print("this tokenizer has no chat template: the model continues your text", markup=False)
     beginning = [] if system is None else [{"role": "system", "content": system}]

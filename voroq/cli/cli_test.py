@@ -10,6 +10,7 @@ import pytest
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+from voroq import native
 from voroq.cli import main
 from voroq.cli.app import app
 from voroq.cli.quantize import parse_options
@@ -205,6 +206,14 @@ def test_bench_measures_both_models_at_every_batch(capsys):
     assert found["peak"]["rss"] is None or found["peak"]["rss"] > sum(found["weights"].values())
     assert run("bench", DEMO_MODEL, *given) == 0
     assert "of the limit" in capsys.readouterr().out
+
+
+def test_bench_says_who_makes_the_steps(capsys):
+    given = ["--batch", "1", "--prompt", "4", "--new", "2", "--repeats", "1", "--json"]
+    best = "the library" if native.library() else "torch, as the library of CPU kernels is missing"
+    for more, by in (([], best), (["--torch-steps"], "torch")):
+        assert run("bench", DEMO_MODEL, *given, *more) == 0
+        assert json.loads(capsys.readouterr().out)["steps"][str(DEMO_MODEL)].startswith(by)
 
 
 def test_bench_counts_what_expanding_takes(capsys, tmp_path):

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import voroq.pipeline.effort  # noqa: F401 - whose own imports must be of the real modules
+
 REPORT = {"source": "in", "bits_per_weight": 2.05, "seconds": 75.0, "peak_memory": {"rss": 10**9, "cuda": None},
           "tuning": {"kl_before": 0.09, "kl_after": 0.05}}  # fmt: skip
 

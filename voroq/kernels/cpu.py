@@ -49,32 +49,38 @@ class Plan:
 
 
 def supports(spec: Spec, x: Float[Tensor, "*batch in"]) -> bool:
-    return native.library() is not None and x.device.type == "cpu" and x.dtype in REALS and _known(spec)
+    return native.library() is not None and x.device.type == "cpu" and x.dtype in REALS and known(spec)
 
 
 def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*batch out"]:
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.is_contiguous() else flat.contiguous()
-    spec = packed.spec
-    if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"}:
-        codes = replace(spec, steps=())
-        inside = Packed(codes, {stored.name: packed.tensors[stored.name] for stored in codes.layout()})
+    spec, inside = packed.spec, without_transform(packed)
+    if inside is not packed:
         y = spec.transform(packed.tensors).linear(flat.float(), lambda inner: _multiply(inner.contiguous(), inside)).to(x.dtype)
     else:
         y = _multiply(flat, packed)
     return y.reshape(*x.shape[:-1], spec.shape[0])
 
 
+def without_transform(packed: Packed) -> Packed:
+    """What is multiplied inside of the transform of `packed`; itself where that is no more than a permutation, which the library knows."""
+    if not isinstance(packed.spec, NativeSpec) or not set(packed.spec.steps) - {"permute"}:
+        return packed
+    codes = replace(packed.spec, steps=())
+    return Packed(codes, {stored.name: packed.tensors[stored.name] for stored in codes.layout()})
+
+
 def weight(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """The stored weight, in the basis of its codes where that is rotated; bit for bit what `dequantize` gives where it is not."""
     w = torch.empty(packed.spec.shape, dtype=dtype)
-    _Call(packed).decode(0, w)
+    Call(packed).decode(0, w)
     return w
 
 
 def _multiply(x: Float[Tensor, "n in"], packed: Packed) -> Float[Tensor, "n out"]:
     out, columns = packed.spec.shape
-    y, call = torch.empty(x.shape[0], out, dtype=x.dtype), _Call(packed)
+    y, call = torch.empty(x.shape[0], out, dtype=x.dtype), Call(packed)
     if x.shape[0] <= FUSED:
         call.multiply(x, y)
         return y
@@ -106,7 +112,7 @@ def _stored_inputs(x: Float[Tensor, "n in"], packed: Packed) -> tuple[Float[Tens
     return inner, lambda y: (y.float() + (x.float() @ shift.float())[:, None]).to(x.dtype)
 
 
-class _Call:
+class Call:
     """The tensors of `packed` held contiguous, and what the library is told about them."""
 
     def __init__(self, packed: Packed) -> None:
@@ -118,16 +124,17 @@ class _Call:
         self.shape, self.plan = packed.spec.shape, _plan(packed.spec, facts)
 
     def multiply(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
-        native.call("voroq_product", self._product(x, y))
+        native.call("voroq_product", self.product(x, y))
 
     def decode(self, first: int, into: Float[Tensor, "rows in"], *, stored: bool = False) -> None:
         """Rows from `first` on; `stored`: columns as they are stored, neither moved nor scaled."""
-        product = self._product()
+        product = self.product()
         if stored:
             product.perm = product.scale = product.shift = product.row_scale = product.row_shift = None
         native.call("voroq_decode", product, first, first + into.shape[0], into.data_ptr(), REALS[into.dtype])
 
-    def _product(self, x: Tensor | None = None, y: Tensor | None = None) -> Product:
+    def product(self, x: Tensor | None = None, y: Tensor | None = None) -> Product:
+        """What the library is asked for; without inputs, all but them."""
         plan, (out, columns) = self.plan, self.shape
         perm, width, scale, shift = plan.columns
         given = (x.shape[0], x.data_ptr(), y.data_ptr(), REALS[x.dtype]) if x is not None else (0, None, None, 0)
@@ -233,7 +240,7 @@ def _pyramid(form: Form) -> native.Pyramid | None:
 
 
 @lru_cache(maxsize=1024)
-def _known(spec: Spec) -> bool:
+def known(spec: Spec) -> bool:
     """Whether the library has what `spec` asks for."""
     if isinstance(spec, VptqSpec):
         sizes = [spec.vector, spec.outliers.vector if spec.outliers else 1]

@@ -1,0 +1,40 @@
+// The two types of 16 bits, read and written one by one.
+#pragma once
+#include "voroq.h"
+
+#include <cstring>
+
+namespace voroq {
+
+#include "reals.inc"
+
+inline uint16_t to_half(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return sign | 0x7e00;
+    if (bits >= 0x477ff000u) return sign | 0x7c00;
+    if (bits < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded fraction in the lowest bits
+        float size;
+        std::memcpy(&size, &bits, 4);
+        size += 0.5f;
+        std::memcpy(&bits, &size, 4);
+        return sign | uint16_t(bits - 0x3f000000u);
+    }
+    return sign | uint16_t((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13);
+}
+
+inline uint16_t to_brain(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+inline void put_real(void* to, int32_t real, int64_t i, float value) {
+    if (real == F32) static_cast<float*>(to)[i] = value;
+    else static_cast<uint16_t*>(to)[i] = real == F16 ? to_half(value) : to_brain(value);
+}
+
+}  // namespace voroq

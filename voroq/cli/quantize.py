@@ -96,7 +96,13 @@ Allocate = Annotated[
         show_default=False,
     ),
 ]
-
+Interleave = Annotated[
+    bool,
+    typer.Option(
+        "--interleave/--no-interleave",
+        help="Reorder the channels inside MLPs (the function stays) so that every vector of weights holds large ones and small ones.",
+    ),
+]
 TuneBlocks = Annotated[
     int, typer.Option(min=0, metavar="STEPS", help="Steps to tune every block for, towards the original block's output; 0: none.")
 ]
@@ -129,6 +135,7 @@ def quantize(
     context: Context = None,
     mode: ModeKind = Mode.parallel,
     hessian: HessianKind = Hessian.auto,
+    interleave: Interleave = True,
     effort: EffortKind = None,
     tune_blocks: TuneBlocks = 0,
     activation_bits: options.ActivationBits = None,
@@ -177,7 +184,7 @@ def quantize(
         effort = EffortName.balanced if method == "vptq" and not tune_blocks else EffortName.fast
     chosen = EFFORTS[effort.value]
     wanted = read_plan(plan) if plan is not None else make_plan(method, bits, chosen.completed(method, pairs))
-    shared = {"calibration": calibration or None, "context": context, "seed": seed}
+    shared = {"calibration": calibration or None, "context": context, "interleave": interleave, "seed": seed}
     place = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     inputs = {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
     if chosen.tuning is not None:

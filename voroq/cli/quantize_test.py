@@ -14,14 +14,14 @@ from voroq.tuning.loop import Tuning
 def test_quantize_passes_everything_on(library, capsys):
     argv = ["quantize", "in", "out", "--method", "gptq", "--bits", "3.2", "--option", "group-size=64", "-o", "damping = 0.02"]
     argv += ["--calibration", "c.txt", "--calibration", "d.txt"]
-    argv += [ "--samples", "7", "--context", "33", "--mode", "sequential", "--device", "cpu", "--seed", "5"]
+    argv += [ "--samples", "7", "--context", "33", "--mode", "sequential", "--device", "cpu", "--seed", "5", "--no-interleave"]
     assert run(*argv, "--resume", "--trust-remote-code", "--revision", "abc", "--json") == 0
     assert library.plan == ("gptq", 3.2, {"group_size": "64", "damping": "0.02"})
     args, kwargs = library.call
     assert args == ("in", "out", "the plan")
     assert kwargs == {
-        "calibration": ["c.txt", "d.txt"], "samples": 7, "context": 33, "mode": "sequential", "hessian": "auto", "device": "cpu", "seed": 5,
-        "resume": True, "revision": "abc", "trust_remote_code": True, "block_tuning": None,
+        "calibration": ["c.txt", "d.txt"], "samples": 7, "context": 33, "mode": "sequential", "hessian": "auto", "interleave": False,
+        "device": "cpu", "seed": 5, "resume": True, "revision": "abc", "trust_remote_code": True, "block_tuning": None,
         "tuning": None,
     }  # fmt: skip
     assert type(kwargs["mode"]) is str

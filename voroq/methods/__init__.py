@@ -27,6 +27,11 @@ def is_one_sided(method: Method) -> bool:
     return isinstance(method, GPTQ | RTN) or (isinstance(method, PVQ) and not method.two_sided)
 
 
+def spans_rows(method: Method | None) -> bool:
+    """Whether the vectors of `method` are known to lie down the output, several rows in each."""
+    return (isinstance(method, VPTQ) and method.vector_length > 1) or (isinstance(method, PVQ) and method.along == "output")
+
+
 def is_guided(method: Method) -> bool:
     """Whether `method` may look at moments of groups of rows: all but those known not to."""
     return not isinstance(method, GPTQ | RTN | PVQ)
@@ -39,4 +44,4 @@ def is_slow_two_sided(method: Method, devices: Sequence[torch.device]) -> bool:
     return isinstance(method, PVQ) and method.two_sided and not quick
 
 
-__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_guided", "is_one_sided", "is_slow_two_sided", "probing"]
+__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_guided", "is_one_sided", "is_slow_two_sided", "probing", "spans_rows"]

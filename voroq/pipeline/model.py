@@ -24,6 +24,7 @@ from voroq.pipeline.activations import Activations
 from voroq.pipeline.blocks import Site
 from voroq.pipeline.capture import Call, Recorder, Tail, first, stubs
 from voroq.pipeline.compat import Group, build_skeleton
+from voroq.pipeline.interleave import interleave
 from voroq.pipeline.memory import give_back
 from voroq.pipeline.outer import Outer
 from voroq.pipeline.source import Source
@@ -77,6 +78,7 @@ class OpenModel:
         self._loaded: dict[int, nn.Module] = {}
         self._calls: dict[int, list[Call]] = {}
         self._recorder: Recorder | None = None
+        self._interleaved: Callable[[str], bool] | None = None
         self._sites = lru_cache(maxsize=None)(self._find_sites)
         for group in self._weights.groups:
             self._place(group)
@@ -121,8 +123,14 @@ class OpenModel:
         for name, tensor in self._weights.read(wanted):
             put(block, name.removeprefix(prefix), tensor)
         block = unstack_experts(block.to(self.device))
+        if self._interleaved is not None:
+            interleave(block, self.block_name(index), self._interleaved)
         self._loaded[index] = block
         return block
+
+    def interleave(self, wanted: Callable[[str], bool]) -> None:
+        """From now on blocks are loaded with the channels of an MLP interleaved, where all its linears are `wanted`."""
+        self._interleaved = wanted
 
     def drop_block(self, index: int) -> None:
         """Free block `index`, whoever still holds it."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from voroq.errors import VoroqError
-from voroq.methods import METHODS, Method, probing
+from voroq.methods import METHODS, Method, probing, spans_rows
 from voroq.packed.files import write_json
 from voroq.pipeline.calibration import Texts
 from voroq.pipeline.model import OpenModel, open_model
@@ -55,6 +55,7 @@ def plan_model(
     calibration: Texts = None,
     samples: int | None = None,
     context: int | None = None,
+    interleave: bool = True,
     device: str = "auto",
     seed: int = 0,
     revision: str | None = None,
@@ -62,7 +63,8 @@ def plan_model(
     progress: Progress | None = None,
 ) -> Planned:
     """Settings for every site of the model in `source` such that `budget` (or files of `size` bytes in all) holds and the expected
-    divergence from the model is least. One pass over `samples` calibration windows measures what every site is worth.
+    divergence from the model is least. One pass over `samples` calibration windows measures what every site is worth, with its channels
+    `interleave`d or not, as the run will have them.
 
     Raises VoroqError where no setting fits, or the model cannot be probed.
     """
@@ -84,6 +86,7 @@ def plan_model(
         seed=seed,
         progress=progress,
     )
+    model.interleave(lambda name: interleave and spans_rows(ready.plan.method_for(name)))
     with tempfile.TemporaryDirectory() as folder:
         rules = tuple((name, probing(method)) for name, method in ready.plan.rules)
         costs = probe(model, Plan(None, rules), ready.windows, dtype=ready.dtype, seed=seed, folder=Path(folder), progress=progress)

@@ -23,7 +23,7 @@ from torch import nn
 
 import voroq
 from voroq.errors import VoroqError
-from voroq.methods import Method, is_guided, is_one_sided, is_slow_two_sided
+from voroq.methods import Method, is_guided, is_one_sided, is_slow_two_sided, spans_rows
 from voroq.moments import Moments
 from voroq.numerics.linalg import answering
 from voroq.packed.base import Packed, Spec
@@ -61,6 +61,7 @@ def quantize_model(
     context: int | None = None,
     mode: str = "parallel",
     hessian: str = "auto",
+    interleave: bool = True,
     device: str = "auto",
     seed: int = 0,
     resume: bool = False,
@@ -76,6 +77,7 @@ def quantize_model(
     bundled name or "dataset:NAME" (the bundled mixed text if None), of which `samples` windows of `context` tokens are used.
     `hessian` says what errors are weighed by: input (second moments of each linear's inputs), two-sided (and of the gradients at its
     outputs), guided (of the inputs, for every group of outputs by its gradients), or auto: two-sided where that is used and quick.
+    `interleave` reorders the channels inside MLPs where vectors of weights span rows (`pipeline/interleave.py`).
     `device` is auto, cpu, cuda or a list of devices. `block_tuning` tunes every quantized block towards the original block's output
     on the same inputs, `tuning` the whole quantized model towards the original's logits afterwards (both are then in memory).
     With `resume` an interrupted run goes on; the result has the same bytes.
@@ -97,8 +99,8 @@ def quantize_model(
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
     hessian = _resolved(model, hessian, ready.methods, devices)
     check_disk(Path(out), ready.bytes + (_gradient_bytes(model, ready.windows) if hessian != "input" else 0))
-    settings = {**ready.settings, "hessian": hessian}
-    settings |= {"block_tuning": repr(block_tuning), "tuning": repr(tuning)}
+    model.interleave(lambda name: interleave and spans_rows(ready.plan.method_for(name)))
+    settings = {**ready.settings, "hessian": hessian, "interleave": interleave, "block_tuning": repr(block_tuning), "tuning": repr(tuning)}
     if tuning is not None:
         context = ready.windows.shape[1]
         more, mark = calibration_windows(load_tokenizer(origin), calibration, samples=tuning.samples, context=context, seed=seed)
@@ -111,20 +113,17 @@ def quantize_model(
     tuned = None
     if tuning is not None and tuning.steps:
         entries, tuned = tune_finished(model, output, ready.layout, ready.dtype, entries, more, tuning, seed=seed, progress=progress)
-    about = {
+    report = {
+        "voroq_report": 1,
+        "version": voroq.__version__,
         "source": str(source),
         **described(ready.methods),
         "mode": mode,
         "hessian": hessian,
         "seed": seed,
-        "calibration": {
-            "text": described_text(calibration),
-            "samples": ready.windows.shape[0],
-            "context": ready.windows.shape[1],
-        },
+        "calibration": {"text": described_text(calibration), **dict(zip(("samples", "context"), ready.windows.shape, strict=True))},
     }
-    found = {**totals(origin, entries, began), "tuning": tuned, "settings": settings}
-    report = {"voroq_report": 1, "version": voroq.__version__, **about, **found}
+    report |= {**totals(origin, entries, began), "tuning": tuned, "settings": settings}
     specs: dict[str, Spec] = {}
     for entry in entries:
         specs.update({name: spec_type(ready.layout).from_json(data, name) for name, data in entry["specs"].items()})

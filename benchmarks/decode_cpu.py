@@ -30,6 +30,7 @@ from voroq import native
 from voroq.codebook.presets import preset
 from voroq.evaluation.models import open_model
 from voroq.evaluation.speed import copy_bandwidth, measure
+from voroq.integrations.decoder import speed_up
 from voroq.kernels import matmul
 from voroq.layer import QuantLinear
 from voroq.packed.base import Spec
@@ -96,10 +97,10 @@ def row(what: str, batch: int, name: str, bits: float | None, seconds: float | N
 
 
 def models(repeats: int, new: int) -> list[dict]:
-    """Tokens per second of the bundled shape; ratio is against the bfloat16 model."""
+    """Tokens per second of the bundled shape; ratio is against the bfloat16 model as transformers runs it."""
     opened = {f"dense {dtype}": open_model(DEMO_MODEL, device="cpu", dtype=dtype)[0] for dtype in ("float32", "bfloat16")}
     for name in ("v8 k256+256", "v6 k4096", "pyramids 2 bit 16x1", "pyramids 3 bit 16x1"):
-        opened[name] = filled(open_model(DEMO_MODEL, device="cpu", dtype="float32")[0], name)
+        opened[name] = by_library(filled(open_model(DEMO_MODEL, device="cpu", dtype="float32")[0], name))
     found = measure(opened, batches=(1, 16), prompt=64, new=new, repeats=repeats)
     dense = {speed.batch: speed for speed in found.speeds if speed.model == "dense bfloat16"}
     rows = []
@@ -113,9 +114,12 @@ def models(repeats: int, new: int) -> list[dict]:
 
 
 def writing(repeats: int, clock: Clock) -> list[dict]:
-    """Seconds of a token of the prompt, and of the fastest step after it, of a model with random weights; all in bfloat16."""
-    names = (None, "v8 k256+256", "v6 k4096", "grid 2 bit g128", "grid 4 bit g128", "pyramids 2 bit 16x1")
-    opened = {name or "dense bfloat16": filled(random_llama(), name) if name else random_llama() for name in names}
+    """Seconds of a token of the prompt, and of the fastest step after it, of a model with random weights; all in bfloat16. Steps of all but
+    the first two are one call of the library each."""
+    names = ("v8 k256+256", "v6 k4096", "grid 2 bit g128", "grid 4 bit g128", "pyramids 2 bit 16x1")
+    opened = {"dense bfloat16": random_llama(), f"{names[0]}, steps by torch": filled(random_llama(), names[0])}
+    opened |= {"dense bfloat16, steps by the library": by_library(random_llama())}
+    opened |= {name: by_library(filled(random_llama(), name)) for name in names}
     bits = {name: stored_bits(model) for name, model in opened.items()}
     best = {name: [float("inf")] * 2 for name in opened}
     for _ in range(repeats):
@@ -126,6 +130,13 @@ def writing(repeats: int, clock: Clock) -> list[dict]:
         for kind, took, base in zip(("prefill", "decode"), times, best["dense bfloat16"], strict=True):
             rows.append(row(f"{LLAMA_NAME}, {kind}, ms a token", 1, name, bits[name], took, base, f"{1 / took:.0f} tokens/s"))
     return rows
+
+
+def by_library(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, with steps of one token in one call. Raises RuntimeError where it has to go on as before."""
+    if why := speed_up(model):
+        raise RuntimeError(f"steps stay with torch, as {why}")
+    return model
 
 
 def stored_bits(model: torch.nn.Module) -> float:

@@ -17,7 +17,8 @@ from voroq.pipeline.plan import make_plan
 
 BITS = 2.107
 PLAIN, SWEPT, FULL = {"rounds": "0"}, {"rounds": "1", "sweeps": "1"}, {"rounds": "2", "sweeps": "2"}
-ONE, TWO = {"hessian": "input"}, {"hessian": "two-sided"}
+ONE, TWO = {"hessian": "input", "interleave": False}, {"hessian": "two-sided", "interleave": False}
+INTERLEAVED = {"hessian": "two-sided", "interleave": True}
 
 
 def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
@@ -26,16 +27,19 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "+ tables refitted, one descent sweep", SWEPT, Effort(), ONE
     yield "+ gradients at the outputs (two-sided)", SWEPT, Effort(), TWO
     yield "+ two rounds of two sweeps", FULL, Effort(), TWO
-    yield "+ bits allocated (fast)", FULL, EFFORTS["fast"], TWO
-    whole = EFFORTS["balanced"].tuning
+    yield "+ bits allocated", FULL, EFFORTS["fast"], TWO
+    plain = replace(EFFORTS["balanced"], mode="parallel")
     for label, left in (
         ("+ whole-model tuning", {"moves": 0.0, "guide": 0.0, "head_rate": 0.0}),
         ("+ code moves", {"guide": 0.0, "head_rate": 0.0}),
         ("+ guided by the blocks' outputs", {"head_rate": 0.0}),
-        ("+ the head (balanced)", {}),
+        ("+ the head", {}),
     ):
-        yield label, FULL, replace(EFFORTS["balanced"], tuning=replace(whole, **left)), TWO
-    yield "| two rounds, guided row groups instead of two-sided", FULL, Effort(), {"hessian": "guided"}
+        yield label, FULL, replace(plain, tuning=replace(plain.tuning, **left)), TWO
+    yield "+ channels interleaved", FULL, plain, INTERLEAVED
+    yield "+ asymmetric (balanced)", FULL, EFFORTS["balanced"], INTERLEAVED
+    yield "| bits allocated, channels interleaved (fast)", FULL, EFFORTS["fast"], INTERLEAVED
+    yield "| two rounds, guided row groups instead of two-sided", FULL, Effort(), {**ONE, "hessian": "guided"}
     yield "| two rounds, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
     yield "| two rounds, asymmetric", FULL, Effort(), {**TWO, "mode": "asymmetric"}
     yield "| two rounds, 1 % outlier columns, v2 k64", {**FULL, **OUTLIERS}, Effort(), TWO

@@ -37,6 +37,7 @@ def measure(
     samples: int,
     windows: int,
     calibration: str | Sequence[str] = "calibration-c4",
+    interleave: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """The row of `plan` at `effort`, calibrated on `samples` windows; seconds are those of planning, quantizing and tuning."""
@@ -44,8 +45,9 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         out, began = str(Path(folder) / "model"), time.perf_counter()
         if effort.allocates(plan):
-            plan = plan_model(DEMO_MODEL, plan, **text, samples=min(samples, 64)).plan
-        report = quantize_model(DEMO_MODEL, out, plan, **text, samples=samples, tuning=effort.tuning, **options)
+            plan = plan_model(DEMO_MODEL, plan, **text, interleave=interleave, samples=min(samples, 64)).plan
+        how = {"mode": effort.mode, "tuning": effort.tuning, "interleave": interleave, **options}
+        report = quantize_model(DEMO_MODEL, out, plan, **text, samples=samples, **how)
         seconds = time.perf_counter() - began
         opening = {"device": "cpu", "dtype": "float32"}
         measured = compare(out, list(TEXTS), against=DEMO_MODEL, context=256, windows=windows, opening=opening)

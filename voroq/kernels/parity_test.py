@@ -24,7 +24,7 @@ from voroq.transform.chain import Chain
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"{native.problem()}")
 TABLES = [(1, (16,)), (2, (4,)), (3, (16,)), (4, (256,)), (4, (8192, 64)), (6, (4096,)), (8, (256, 256)), (8, (8192,)), (12, (64, 32))]
-TABLES += [(16, (16, 16)), (16, (8192,))]
+TABLES += [(16, (16, 16)), (16, (8192,)), (8, (1 << 16,))]
 OUTLIERS = [(0, 2, 8), (5, 4, 16), (6, 3, 8)]
 TYPES = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

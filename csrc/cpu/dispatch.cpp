@@ -27,8 +27,11 @@ std::vector<Isa> found() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) {
+        static const Kernels brains = avx512bf16();
+        if (__builtin_cpu_supports("avx512bf16")) list.push_back({"avx512bf16", &brains});
         list.push_back({"avx512", &avx512});
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
         list.push_back({"avx2", &avx2});
 #endif
@@ -136,9 +139,13 @@ const float* padded(Scratch& scratch, const Kernels& kernels, const void* from, 
 // Tables above this many entries are read in their stored type, which takes half the cache.
 constexpr int64_t SMALL = 4096;
 
-Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool widen) {
+Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool widen, bool brains) {
     Ready r{band, nullptr, nullptr, nullptr, nullptr, 0, F32};
     if (band.kind == GRID) {
+        if (brains && band.bits >= 2 && band.bits <= 4 && band.along >= 4 * BRAINS && band.first * band.bits % 8 == 0) {
+            r.lanes = BRAINS;
+            return r;
+        }
         r.lanes = band.along > 8 * grid_codes(band.bits) ? kernels.lanes : 8;
         return r;
     }
@@ -199,7 +206,7 @@ std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Produ
     std::vector<Ready> bands;
     for (int64_t i = 0; i < p.count; ++i) {
         if (!can(p.bands[i])) throw std::invalid_argument("band");
-        bands.push_back(ready(scratch, kernels, p.bands[i], widen));
+        bands.push_back(ready(scratch, kernels, p.bands[i], widen, kernels.brains && p.x_real == BF16 && !p.scale));
     }
     return bands;
 }
@@ -237,7 +244,7 @@ Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_
 void point(Scratch& scratch, const Inputs& in, Ready& r, int B) {
     const Band& band = r.band;
     if (band.kind == GRID) {
-        const int64_t codes = grid_codes(band.bits), wide = r.lanes * codes, chunks = (band.along + wide - 1) / wide;
+        const int64_t codes = r.lanes == BRAINS ? 4 : grid_codes(band.bits), wide = r.lanes * codes, chunks = (band.along + wide - 1) / wide;
         float *x = scratch.take(chunks * wide * B), *sums = scratch.take(B);
         std::fill(sums, sums + B, 0.0f);
         for (int64_t chunk = 0, c = 0; chunk < chunks; ++chunk)
@@ -245,7 +252,9 @@ void point(Scratch& scratch, const Inputs& in, Ready& r, int B) {
                 for (int64_t code = 0; code < codes; ++code, ++c)
                     for (int b = 0; b < B; ++b) {
                         const float value = c < band.along ? in.by_column[(band.column + c) * B + b] : 0.0f;
-                        x[((chunk * codes + code) * B + b) * r.lanes + lane] = value;
+                        const int64_t at = ((chunk * codes + code) * B + b) * r.lanes + lane;
+                        if (r.lanes == BRAINS) reinterpret_cast<uint16_t*>(x)[at] = to_brain(value);
+                        else x[at] = value;
                         sums[b] += value;
                     }
         r.sums = sums;
@@ -313,10 +322,13 @@ int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int
     parallel((last - first + step - 1) / step, p.threads, [&](int64_t i) {
         const int64_t from = first + i * step, to = std::min(from + step, last);
         const bool plain = !p.perm && !scale && !shift && !p.row_scale;
-        if (plain && real == F32) return kernels.decode(bands.data(), p.count, p.out, p.in, from, to, static_cast<float*>(out) + (from - first) * p.in);
+        const auto decode = [&](float* rows) {
+            for (const Ready& r : bands) kernels.decode(r, p.out, from, to, 0, r.band.along, rows + r.band.column, p.in);
+        };
+        if (plain && real == F32) return decode(static_cast<float*>(out) + (from - first) * p.in);
         thread_local std::vector<float> rows;
         rows.resize(size_t((to - from) * p.in));
-        kernels.decode(bands.data(), p.count, p.out, p.in, from, to, rows.data());
+        decode(rows.data());
         if (plain && real == BF16) return narrow(rows.data(), (to - from) * p.in, static_cast<uint16_t*>(out) + (from - first) * p.in);
         for (int64_t row = from; row < to; ++row) {
             const float by = p.row_scale ? real_at(p.row_scale, p.real, row) : 1.0f, more = p.row_shift ? real_at(p.row_shift, p.real, row) : 0.0f;

@@ -9,12 +9,14 @@ constexpr int MOST = 8;  // rows of x at a time
 // Codes of a grid in a unit: those that a lane of 32 bits takes.
 static constexpr int grid_codes(int bits) { return bits <= 4 ? 8 : 4; }
 
+constexpr int BRAINS = 32;  // lanes of a grid whose inputs are in bfloat16, which holds them exactly
+
 // A band with its tables made ready: entries of `lanes` floats (or of the stored type where `half`), zero beyond the tile.
 struct Ready {
     Band band;
     const void* table;
     const void* residual;    // always floats
-    const float* x;          // tiles down: [in][batch]; tiles along: [tile][batch][lanes]; grid: [chunk][code of a unit][batch][lanes]
+    const float* x;          // tiles down: [in][batch]; tiles along: [tile][batch][lanes]; grid: [chunk][code of a unit][batch][lanes], BRAINS in 16 bits
     const float* sums;       // grid: sum of x over the band [batch]
     int lanes;
     int half;                // Real of `table`
@@ -74,8 +76,8 @@ struct Pyramid {
 struct Kernels {
     // y[b * pitch + row] += the product with `bands`, for rows [first, last) of the matrix; batch is 1, 2, 4 or 8.
     void (*product)(const Ready* bands, int64_t count, int64_t out, int64_t in, int batch, int64_t first, int64_t last, float* y, int64_t pitch);
-    // out[(row - first) * in + column] = stored weight
-    void (*decode)(const Ready* bands, int64_t count, int64_t out, int64_t in, int64_t first, int64_t last, float* to);
+    // to[(row - first) * pitch + column] = stored weight, for codes [begin, end) of a band's rows; `begin` is a multiple of 8
+    void (*decode)(const Ready& band, int64_t out, int64_t first, int64_t last, int64_t begin, int64_t end, float* to, int64_t pitch);
     void (*widen)(const void* from, int real, int64_t count, float* to);
     void (*nearest)(const Index& index, const float* v, int64_t n, int64_t* best);
     // The nearest of the words scales[level] * y.
@@ -84,11 +86,13 @@ struct Kernels {
     void (*feedback)(const Union& words, const Sides& sides, const float* u, float* rest, int16_t* codes, float* errors);
     int32_t (*descend)(const Union& words, const Sides& sides, const float* h, float* pull, float* error, int16_t* codes);
     int lanes;  // floats of its widest vectors
+    bool brains = false;  // whether `product` takes grids with inputs in bfloat16
 };
 
 extern const Kernels portable;
 #if defined(__x86_64__)
 extern const Kernels avx2, avx512;
+Kernels avx512bf16();  // avx512's, with products in bfloat16 instead where these are exact
 #endif
 
 }  // namespace voroq

@@ -41,10 +41,10 @@ def rows(batch: int, columns: int) -> torch.Tensor:
     return torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
 
 
-def assert_agrees(q: Quantized, layout: str, real: torch.dtype, wanted: torch.dtype) -> None:
+def assert_agrees(q: Quantized, layout: str, real: torch.dtype, wanted: torch.dtype, batches: tuple[int, ...] = BATCHES) -> None:
     packed = pack(q, real, layout)
     w = unpack(packed).dequantize().double()
-    for batch in BATCHES:
+    for batch in batches:
         x = rows(batch, q.shape[1]).to(wanted)
         assert pick(packed.spec, x) == "cpu"
         expected = x.double() @ w.T
@@ -98,6 +98,19 @@ def test_grids(isa, bits, steps, zero):
     bands = [random_band(a, b, Tile(1, 1), Grid(bits), 41, rng, scale=True, zero=zero) for a, b in pairwise(edges)]
     q = Quantized((41, 384), random_transform(384, steps, rng, 41), tuple(b for b, _ in bands), tuple(c for _, c in bands))
     assert_agrees(q, "voroq", torch.float32, torch.float32)
+
+
+@needs_library
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("steps", [(), ("permute",), ("affine", "permute")], ids="-".join)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_grids_with_inputs_in_bfloat16(isa, bits, steps, zero):
+    """Bands of 128 columns and more are multiplied as they are; others are not."""
+    rng = torch.Generator().manual_seed(bits)
+    edges = [0, 128, 256, 356, 499, 800]
+    bands = [random_band(a, b, Tile(1, 1), Grid(bits), 53, rng, scale=True, zero=zero) for a, b in pairwise(edges)]
+    q = Quantized((53, 800), random_transform(800, steps, rng, 53), tuple(b for b, _ in bands), tuple(c for _, c in bands))
+    assert_agrees(q, "voroq", torch.bfloat16, torch.bfloat16, (1, 2, 3, 8, 11, 37))
 
 
 PYRAMIDS = [(8, (1,), 0), (8, (6, 3, 8), 2), (8, (99, 127), 9), (16, (3, 12, 8), 0), (16, (22, 26), 1), (16, (52,), 64)]

@@ -1,0 +1,18 @@
+#include "kernels.h"
+#include <immintrin.h>
+
+namespace voroq {
+namespace avx512bf16_only {
+#include "vectors.inc"
+
+#include "grids.inc"
+
+#include "brains.inc"
+}  // namespace avx512bf16_only
+Kernels avx512bf16() {
+    Kernels all = avx512;
+    all.product = avx512bf16_only::product;
+    all.brains = true;
+    return all;
+}
+}  // namespace voroq

@@ -103,7 +103,8 @@ class Scratch {
         }
         return block.memory.get();
     }
-    void reset() { used_ = 0; }
+    size_t used() const { return used_; }
+    void back(size_t used) { used_ = used; }  // what was taken since is free again
 
   private:
     struct Free {
@@ -139,14 +140,20 @@ const float* padded(Scratch& scratch, const Kernels& kernels, const void* from, 
 // Tables above this many entries are read in their stored type, which takes half the cache.
 constexpr int64_t SMALL = 4096;
 
-Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool widen, bool brains) {
+// From so many inputs on, those in bfloat16 are multiplied by strips; grids that multiply them as they are wait longer.
+constexpr int64_t MANY = 5, MANY_OF_GRIDS = 13;
+constexpr int64_t SLICE = 512;  // inputs that lie ready at a time
+
+// Whether a band is multiplied with inputs in bfloat16, if they are exact.
+bool brains(const Band& band) {
+    return band.kind == GRID && band.bits >= 2 && band.bits <= 4 && band.along >= 4 * BRAINS && band.first * band.bits % 8 == 0;
+}
+bool exact(const Kernels& kernels, const Product& p) { return kernels.strip && p.x_real == BF16 && !p.scale; }
+
+Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool widen, bool exact) {
     Ready r{band, nullptr, nullptr, nullptr, nullptr, 0, F32};
     if (band.kind == GRID) {
-        if (brains && band.bits >= 2 && band.bits <= 4 && band.along >= 4 * BRAINS && band.first * band.bits % 8 == 0) {
-            r.lanes = BRAINS;
-            return r;
-        }
-        r.lanes = band.along > 8 * grid_codes(band.bits) ? kernels.lanes : 8;
+        r.lanes = exact && brains(band) ? BRAINS : band.along > 8 * grid_codes(band.bits) ? kernels.lanes : 8;
         return r;
     }
     const int64_t size = int64_t(band.rows) * band.cols, entries = int64_t(1) << band.bits;
@@ -199,14 +206,14 @@ int64_t unit(const Product& p) {
 
 // All bands ready, after a look at what the product asks for. A permutation that leads out of the matrix is refused on loading; here it
 // only must not be followed.
-std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Product& p, bool widen) {
+std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Product& p, bool decode, bool strips) {
     for (int64_t c = 0; p.perm && c < p.in; ++c)
         if (uint64_t(place(p, c)) >= uint64_t(p.in)) throw std::out_of_range("permutation");
-    scratch.reset();
+    scratch.back(0);
     std::vector<Ready> bands;
     for (int64_t i = 0; i < p.count; ++i) {
         if (!can(p.bands[i])) throw std::invalid_argument("band");
-        bands.push_back(ready(scratch, kernels, p.bands[i], widen, kernels.brains && p.x_real == BF16 && !p.scale));
+        bands.push_back(ready(scratch, kernels, p.bands[i], decode || (strips && p.bands[i].cols != 1), !decode && !strips && exact(kernels, p)));
     }
     return bands;
 }
@@ -215,7 +222,7 @@ std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Produ
 struct Inputs {
     float* by_column;    // [in][B]
     float shift[MOST];   // sum of x * shift, of all columns
-    float all[MOST];     // sum of x
+    float all[MOST];     // sum of x, where rows have scales
 };
 
 Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_t first, int B) {
@@ -226,10 +233,8 @@ Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_
     const float* x = floats(scratch, kernels, static_cast<const char*>(p.x) + first * p.in * (p.x_real == F32 ? 4 : 2), p.x_real, rows * p.in);
     for (int b = 0; b < rows; ++b) {
         double with_shift = 0, plain = 0;
-        for (int64_t c = 0; c < p.in; ++c) {
-            plain += x[b * p.in + c];
-            if (shift) with_shift += double(x[b * p.in + c]) * shift[c];
-        }
+        for (int64_t c = 0; c < p.in && p.row_scale; ++c) plain += x[b * p.in + c];
+        for (int64_t c = 0; c < p.in && shift; ++c) with_shift += double(x[b * p.in + c]) * shift[c];
         to.shift[b] = float(with_shift);
         to.all[b] = float(plain);
     }
@@ -288,11 +293,53 @@ void write(const Product& p, const Inputs& in, int64_t batch, int64_t rows, int6
 
 thread_local Scratch scratch;
 
+int64_t pairs(const Band& band) { return (band.along * band.cols + 1) / 2; }
+
+// Inputs of a band as `strip` reads them, in pairs of columns: [pair][MOST], the first column's number below the second's.
+void paired(const Inputs& in, const Band& band, uint32_t* to) {
+    const int64_t columns = band.along * band.cols;
+    const float* x = in.by_column + band.column * MOST;
+    for (int64_t c = 0; c < columns; c += 2, to += MOST)
+        for (int b = 0; b < MOST; ++b) to[b] = to_brain(x[c * MOST + b]) | (c + 1 < columns ? uint32_t(to_brain(x[(c + 1) * MOST + b])) << 16 : 0u);
+}
+
+bool by_strips(const Kernels& kernels, const Product& p) {
+    const bool grids = exact(kernels, p) && std::all_of(p.bands, p.bands + p.count, brains);
+    return kernels.strip && p.x_real == BF16 && p.batch >= (grids ? MANY_OF_GRIDS : MANY) && unit(p) <= STRIP;
+}
+
+int32_t run_strips(const Product& p, const Kernels& kernels) {
+    const std::vector<Ready> bands = prepare(scratch, kernels, p, false, true);
+    const int64_t rows = STRIP / unit(p) * unit(p);
+    const size_t kept = scratch.used();
+    for (int64_t start = 0; start < p.batch; start += SLICE, scratch.back(kept)) {
+        const int64_t batch = std::min(SLICE, p.batch - start), blocks = (batch + MOST - 1) / MOST;
+        std::vector<uint32_t*> x;
+        for (const Ready& r : bands) x.push_back(reinterpret_cast<uint32_t*>(scratch.take(blocks * pairs(r.band) * MOST)));
+        std::vector<Inputs> in;
+        const size_t laid = scratch.used();
+        for (int64_t i = 0; i < blocks; ++i, scratch.back(laid)) {
+            in.push_back(inputs(scratch, kernels, p, start + i * MOST, MOST));
+            for (size_t n = 0; n < bands.size(); ++n) paired(in.back(), bands[n].band, x[n] + i * pairs(bands[n].band) * MOST);
+        }
+        parallel((p.out + rows - 1) / rows, p.threads, [&](int64_t i) {
+            const int64_t first = i * rows, last = std::min(first + rows, p.out);
+            thread_local std::vector<float> y;
+            y.assign(size_t(blocks * MOST * STRIP), 0.0f);
+            for (size_t n = 0; n < bands.size(); ++n) kernels.strip(bands[n], p.out, first, last, x[n], batch, y.data());
+            for (int64_t done = 0; done < batch; done += MOST)
+                write(p, in[size_t(done / MOST)], start + done, std::min<int64_t>(MOST, batch - done), first, last, y.data() + done * STRIP, STRIP);
+        });
+    }
+    return 0;
+}
+
 int32_t run(const Product& p) {
     const Isa* isa = choose(p.isa);
     if (!isa) return 1;
     const Kernels& kernels = *isa->kernels;
-    std::vector<Ready> bands = prepare(scratch, kernels, p, false);
+    if (by_strips(kernels, p)) return run_strips(p, kernels);
+    std::vector<Ready> bands = prepare(scratch, kernels, p, false, false);
     const int64_t step = piece(p), pieces = (p.out + step - 1) / step;
     for (int64_t done = 0; done < p.batch; done += MOST) {
         const int64_t rows = std::min<int64_t>(MOST, p.batch - done);
@@ -315,7 +362,7 @@ int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int
     const int64_t tiles = unit(p);
     if (!isa || first < 0 || last > p.out || first % tiles) return 1;
     const Kernels& kernels = *isa->kernels;
-    const std::vector<Ready> bands = prepare(scratch, kernels, p, true);
+    const std::vector<Ready> bands = prepare(scratch, kernels, p, true, false);
     const float* scale = floats(scratch, kernels, p.scale, p.real, p.in);
     const float* shift = floats(scratch, kernels, p.shift, p.real, p.in);
     const int64_t step = (16 + tiles - 1) / tiles * tiles;

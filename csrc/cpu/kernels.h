@@ -9,6 +9,7 @@ constexpr int MOST = 8;  // rows of x at a time
 // Codes of a grid in a unit: those that a lane of 32 bits takes.
 static constexpr int grid_codes(int bits) { return bits <= 4 ? 8 : 4; }
 
+constexpr int STRIP = 48;   // rows that are decoded to bfloat16 at a time; whole tiles of 1, 2, 3, 4, 6, 8, 12 and 16
 constexpr int BRAINS = 32;  // lanes of a grid whose inputs are in bfloat16, which holds them exactly
 
 // A band with its tables made ready: entries of `lanes` floats (or of the stored type where `half`), zero beyond the tile.
@@ -86,7 +87,9 @@ struct Kernels {
     void (*feedback)(const Union& words, const Sides& sides, const float* u, float* rest, int16_t* codes, float* errors);
     int32_t (*descend)(const Union& words, const Sides& sides, const float* h, float* pull, float* error, int16_t* codes);
     int lanes;  // floats of its widest vectors
-    bool brains = false;  // whether `product` takes grids with inputs in bfloat16
+    // y[b * STRIP + row - first] += the product of a band's rows [first, last), STRIP at most, rounded to bfloat16, with x: inputs in blocks of
+    // MOST, each [pair of columns][MOST]. Null without bfloat16; with it, `product` takes grids whose inputs are in bfloat16.
+    void (*strip)(const Ready& band, int64_t out, int64_t first, int64_t last, const uint32_t* x, int64_t batch, float* y) = nullptr;
 };
 
 extern const Kernels portable;

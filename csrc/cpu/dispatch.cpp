@@ -140,8 +140,8 @@ const float* padded(Scratch& scratch, const Kernels& kernels, const void* from, 
 // Tables above this many entries are read in their stored type, which takes half the cache.
 constexpr int64_t SMALL = 4096;
 
-// From so many inputs on, those in bfloat16 are multiplied by strips; grids that multiply them as they are wait longer.
-constexpr int64_t MANY = 5, MANY_OF_GRIDS = 13;
+// From so many inputs on, those in bfloat16 are multiplied by strips; grids that multiply them as they are, and expanded pyramids, wait longer.
+constexpr int64_t MANY = 5, MANY_OF_PULSES = 9, MANY_OF_GRIDS = 13;
 constexpr int64_t SLICE = 512;  // inputs that lie ready at a time
 
 // Whether a band is multiplied with inputs in bfloat16, if they are exact.
@@ -304,8 +304,10 @@ void paired(const Inputs& in, const Band& band, uint32_t* to) {
 }
 
 bool by_strips(const Kernels& kernels, const Product& p) {
-    const bool grids = exact(kernels, p) && std::all_of(p.bands, p.bands + p.count, brains);
-    return kernels.strip && p.x_real == BF16 && p.batch >= (grids ? MANY_OF_GRIDS : MANY) && unit(p) <= STRIP;
+    const auto all = [&](auto is) { return std::all_of(p.bands, p.bands + p.count, is); };
+    const bool grids = exact(kernels, p) && all(brains), pulses = all([](const Band& band) { return band.kind == PULSES; });
+    const int64_t many = grids ? MANY_OF_GRIDS : pulses ? MANY_OF_PULSES : MANY;
+    return kernels.strip && p.x_real == BF16 && p.batch >= many && unit(p) <= STRIP;
 }
 
 int32_t run_strips(const Product& p, const Kernels& kernels) {

@@ -195,6 +195,7 @@ def test_pulses(isa, dim, pulses, along):
                         generator=rng) + most], -1) for c in q.codes]  # fmt: skip
     q = replace(q, codes=tuple(codes))
     assert_agrees(q, "voroq", torch.float32, torch.float32)
+    assert_agrees(q, "voroq", torch.float16, torch.bfloat16)
     packed = pack(q, torch.float16, "voroq")
     assert torch.equal(cpu.weight(packed, torch.float32), reference.weight(packed, torch.float32))
 

@@ -21,7 +21,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 NAME = "libvoroq_cpu.so"
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-fno-math-errno", "-fno-signed-zeros", "-ffp-contract=fast"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-SETS = {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+SETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 X86 = ("x86_64", "AMD64")
 
 

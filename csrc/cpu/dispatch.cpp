@@ -28,8 +28,11 @@ std::vector<Isa> found() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) {
+        static const Kernels brains = avx512bf16();
+        if (__builtin_cpu_supports("avx512bf16")) list.push_back({"avx512bf16", &brains});
         list.push_back({"avx512", &avx512});
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
         list.push_back({"avx2", &avx2});
 #endif
@@ -70,7 +73,8 @@ class Scratch {
         }
         return block.memory.get();
     }
-    void reset() { used_ = 0; }
+    size_t used() const { return used_; }
+    void back(size_t used) { used_ = used; }  // what was taken since is free again
 
   private:
     struct Free {
@@ -106,10 +110,20 @@ const float* padded(Scratch& scratch, const Kernels& kernels, const void* from, 
 // Tables above this many entries are read in their stored type, which takes half the cache.
 constexpr int64_t SMALL = 4096;
 
-Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool widen) {
+// From so many inputs on, those in bfloat16 are multiplied by strips; grids that multiply them as they are, and expanded pyramids, wait longer.
+constexpr int64_t MANY = 5, MANY_OF_PULSES = 9, MANY_OF_GRIDS = 13;
+constexpr int64_t SLICE = 512;  // inputs that lie ready at a time
+
+// Whether a band is multiplied with inputs in bfloat16, if they are exact.
+bool brains(const Band& band) {
+    return band.kind == GRID && band.bits >= 2 && band.bits <= 4 && band.along >= 4 * BRAINS && band.first * band.bits % 8 == 0;
+}
+bool exact(const Kernels& kernels, const Product& p) { return kernels.strip && p.x_real == BF16 && !p.scale; }
+
+Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, bool widen, bool exact) {
     Ready r{band, nullptr, nullptr, nullptr, nullptr, 0, F32};
     if (band.kind == GRID) {
-        r.lanes = band.along > 8 * grid_codes(band.bits) ? kernels.lanes : 8;
+        r.lanes = exact && brains(band) ? BRAINS : band.along > 8 * grid_codes(band.bits) ? kernels.lanes : 8;
         return r;
     }
     const int64_t size = int64_t(band.rows) * band.cols, entries = int64_t(1) << band.bits;
@@ -162,14 +176,14 @@ int64_t unit(const Product& p) {
 
 // All bands ready, after a look at what the product asks for. A permutation that leads out of the matrix is refused on loading; here it
 // only must not be followed.
-std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Product& p, bool widen) {
+std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Product& p, bool decode, bool strips) {
     for (int64_t c = 0; p.perm && c < p.in; ++c)
         if (uint64_t(place(p, c)) >= uint64_t(p.in)) throw std::out_of_range("permutation");
-    scratch.reset();
+    scratch.back(0);
     std::vector<Ready> bands;
     for (int64_t i = 0; i < p.count; ++i) {
         if (!can(p.bands[i])) throw std::invalid_argument("band");
-        bands.push_back(ready(scratch, kernels, p.bands[i], widen));
+        bands.push_back(ready(scratch, kernels, p.bands[i], decode || (strips && p.bands[i].cols != 1), !decode && !strips && exact(kernels, p)));
     }
     return bands;
 }
@@ -178,7 +192,7 @@ std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Produ
 struct Inputs {
     float* by_column;    // [in][B]
     float shift[MOST];   // sum of x * shift, of all columns
-    float all[MOST];     // sum of x
+    float all[MOST];     // sum of x, where rows have scales
 };
 
 Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_t first, int B) {
@@ -189,10 +203,8 @@ Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_
     const float* x = floats(scratch, kernels, static_cast<const char*>(p.x) + first * p.in * (p.x_real == F32 ? 4 : 2), p.x_real, rows * p.in);
     for (int b = 0; b < rows; ++b) {
         double with_shift = 0, plain = 0;
-        for (int64_t c = 0; c < p.in; ++c) {
-            plain += x[b * p.in + c];
-            if (shift) with_shift += double(x[b * p.in + c]) * shift[c];
-        }
+        for (int64_t c = 0; c < p.in && p.row_scale; ++c) plain += x[b * p.in + c];
+        for (int64_t c = 0; c < p.in && shift; ++c) with_shift += double(x[b * p.in + c]) * shift[c];
         to.shift[b] = float(with_shift);
         to.all[b] = float(plain);
     }
@@ -207,7 +219,7 @@ Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_
 void point(Scratch& scratch, const Inputs& in, Ready& r, int B) {
     const Band& band = r.band;
     if (band.kind == GRID) {
-        const int64_t codes = grid_codes(band.bits), wide = r.lanes * codes, chunks = (band.along + wide - 1) / wide;
+        const int64_t codes = r.lanes == BRAINS ? 4 : grid_codes(band.bits), wide = r.lanes * codes, chunks = (band.along + wide - 1) / wide;
         float *x = scratch.take(chunks * wide * B), *sums = scratch.take(B);
         std::fill(sums, sums + B, 0.0f);
         for (int64_t chunk = 0, c = 0; chunk < chunks; ++chunk)
@@ -215,7 +227,9 @@ void point(Scratch& scratch, const Inputs& in, Ready& r, int B) {
                 for (int64_t code = 0; code < codes; ++code, ++c)
                     for (int b = 0; b < B; ++b) {
                         const float value = c < band.along ? in.by_column[(band.column + c) * B + b] : 0.0f;
-                        x[((chunk * codes + code) * B + b) * r.lanes + lane] = value;
+                        const int64_t at = ((chunk * codes + code) * B + b) * r.lanes + lane;
+                        if (r.lanes == BRAINS) reinterpret_cast<uint16_t*>(x)[at] = to_brain(value);
+                        else x[at] = value;
                         sums[b] += value;
                     }
         r.sums = sums;
@@ -249,11 +263,55 @@ void write(const Product& p, const Inputs& in, int64_t batch, int64_t rows, int6
 
 thread_local Scratch scratch;
 
+int64_t pairs(const Band& band) { return (band.along * band.cols + 1) / 2; }
+
+// Inputs of a band as `strip` reads them, in pairs of columns: [pair][MOST], the first column's number below the second's.
+void paired(const Inputs& in, const Band& band, uint32_t* to) {
+    const int64_t columns = band.along * band.cols;
+    const float* x = in.by_column + band.column * MOST;
+    for (int64_t c = 0; c < columns; c += 2, to += MOST)
+        for (int b = 0; b < MOST; ++b) to[b] = to_brain(x[c * MOST + b]) | (c + 1 < columns ? uint32_t(to_brain(x[(c + 1) * MOST + b])) << 16 : 0u);
+}
+
+bool by_strips(const Kernels& kernels, const Product& p) {
+    const auto all = [&](auto is) { return std::all_of(p.bands, p.bands + p.count, is); };
+    const bool grids = exact(kernels, p) && all(brains), pulses = all([](const Band& band) { return band.kind == PULSES; });
+    const int64_t many = grids ? MANY_OF_GRIDS : pulses ? MANY_OF_PULSES : MANY;
+    return kernels.strip && p.x_real == BF16 && p.batch >= many && unit(p) <= STRIP;
+}
+
+int32_t run_strips(const Product& p, const Kernels& kernels) {
+    const std::vector<Ready> bands = prepare(scratch, kernels, p, false, true);
+    const int64_t rows = STRIP / unit(p) * unit(p);
+    const size_t kept = scratch.used();
+    for (int64_t start = 0; start < p.batch; start += SLICE, scratch.back(kept)) {
+        const int64_t batch = std::min(SLICE, p.batch - start), blocks = (batch + MOST - 1) / MOST;
+        std::vector<uint32_t*> x;
+        for (const Ready& r : bands) x.push_back(reinterpret_cast<uint32_t*>(scratch.take(blocks * pairs(r.band) * MOST)));
+        std::vector<Inputs> in;
+        const size_t laid = scratch.used();
+        for (int64_t i = 0; i < blocks; ++i, scratch.back(laid)) {
+            in.push_back(inputs(scratch, kernels, p, start + i * MOST, MOST));
+            for (size_t n = 0; n < bands.size(); ++n) paired(in.back(), bands[n].band, x[n] + i * pairs(bands[n].band) * MOST);
+        }
+        parallel((p.out + rows - 1) / rows, p.threads, [&](int64_t i) {
+            const int64_t first = i * rows, last = std::min(first + rows, p.out);
+            thread_local std::vector<float> y;
+            y.assign(size_t(blocks * MOST * STRIP), 0.0f);
+            for (size_t n = 0; n < bands.size(); ++n) kernels.strip(bands[n], p.out, first, last, x[n], batch, y.data());
+            for (int64_t done = 0; done < batch; done += MOST)
+                write(p, in[size_t(done / MOST)], start + done, std::min<int64_t>(MOST, batch - done), first, last, y.data() + done * STRIP, STRIP);
+        });
+    }
+    return 0;
+}
+
 int32_t run(const Product& p) {
     const Isa* isa = choose(p.isa);
     if (!isa) return 1;
     const Kernels& kernels = *isa->kernels;
-    std::vector<Ready> bands = prepare(scratch, kernels, p, false);
+    if (by_strips(kernels, p)) return run_strips(p, kernels);
+    std::vector<Ready> bands = prepare(scratch, kernels, p, false, false);
     const int64_t step = piece(p), pieces = (p.out + step - 1) / step;
     for (int64_t done = 0; done < p.batch; done += MOST) {
         const int64_t rows = std::min<int64_t>(MOST, p.batch - done);
@@ -276,17 +334,20 @@ int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int
     const int64_t tiles = unit(p);
     if (!isa || first < 0 || last > p.out || first % tiles) return 1;
     const Kernels& kernels = *isa->kernels;
-    const std::vector<Ready> bands = prepare(scratch, kernels, p, true);
+    const std::vector<Ready> bands = prepare(scratch, kernels, p, true, false);
     const float* scale = floats(scratch, kernels, p.scale, p.real, p.in);
     const float* shift = floats(scratch, kernels, p.shift, p.real, p.in);
     const int64_t step = (16 + tiles - 1) / tiles * tiles;
     parallel((last - first + step - 1) / step, p.threads, [&](int64_t i) {
         const int64_t from = first + i * step, to = std::min(from + step, last);
         const bool plain = !p.perm && !scale && !shift && !p.row_scale;
-        if (plain && real == F32) return kernels.decode(bands.data(), p.count, p.out, p.in, from, to, static_cast<float*>(out) + (from - first) * p.in);
+        const auto decode = [&](float* rows) {
+            for (const Ready& r : bands) kernels.decode(r, p.out, from, to, 0, r.band.along, rows + r.band.column, p.in);
+        };
+        if (plain && real == F32) return decode(static_cast<float*>(out) + (from - first) * p.in);
         thread_local std::vector<float> rows;
         rows.resize(size_t((to - from) * p.in));
-        kernels.decode(bands.data(), p.count, p.out, p.in, from, to, rows.data());
+        decode(rows.data());
         if (plain && real == BF16) return narrow(rows.data(), (to - from) * p.in, static_cast<uint16_t*>(out) + (from - first) * p.in);
         for (int64_t row = from; row < to; ++row) {
             const float by = p.row_scale ? real_at(p.row_scale, p.real, row) : 1.0f, more = p.row_shift ? real_at(p.row_shift, p.real, row) : 0.0f;

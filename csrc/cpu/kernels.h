@@ -9,12 +9,15 @@ constexpr int MOST = 8;  // rows of x at a time
 // Codes of a grid in a unit: those that a lane of 32 bits takes.
 static constexpr int grid_codes(int bits) { return bits <= 4 ? 8 : 4; }
 
+constexpr int STRIP = 48;   // rows that are decoded to bfloat16 at a time; whole tiles of 1, 2, 3, 4, 6, 8, 12 and 16
+constexpr int BRAINS = 32;  // lanes of a grid whose inputs are in bfloat16, which holds them exactly
+
 // A band with its tables made ready: entries of `lanes` floats (or of the stored type where `half`), zero beyond the tile.
 struct Ready {
     Band band;
     const void* table;
     const void* residual;    // always floats
-    const float* x;          // tiles down: [in][batch]; tiles along: [tile][batch][lanes]; grid: [chunk][code of a unit][batch][lanes]
+    const float* x;          // tiles down: [in][batch]; tiles along: [tile][batch][lanes]; grid: [chunk][code of a unit][batch][lanes], BRAINS in 16 bits
     const float* sums;       // grid: sum of x over the band [batch]
     int lanes;
     int half;                // Real of `table`
@@ -74,8 +77,8 @@ struct Pyramid {
 struct Kernels {
     // y[b * pitch + row] += the product with `bands`, for rows [first, last) of the matrix; batch is 1, 2, 4 or 8.
     void (*product)(const Ready* bands, int64_t count, int64_t out, int64_t in, int batch, int64_t first, int64_t last, float* y, int64_t pitch);
-    // out[(row - first) * in + column] = stored weight
-    void (*decode)(const Ready* bands, int64_t count, int64_t out, int64_t in, int64_t first, int64_t last, float* to);
+    // to[(row - first) * pitch + column] = stored weight, for codes [begin, end) of a band's rows; `begin` is a multiple of 8
+    void (*decode)(const Ready& band, int64_t out, int64_t first, int64_t last, int64_t begin, int64_t end, float* to, int64_t pitch);
     void (*widen)(const void* from, int real, int64_t count, float* to);
     void (*nearest)(const Index& index, const float* v, int64_t n, int64_t* best);
     // The nearest of the words scales[level] * y.
@@ -88,6 +91,9 @@ struct Kernels {
     void (*gated)(float* x, const float* y, int64_t count);
     void (*attend)(const float* q, int heads, const void* keys, const void* values, int real, int64_t many, int size, float scale, float* scores, float* to);
     int lanes;  // floats of its widest vectors
+    // y[b * STRIP + row - first] += the product of a band's rows [first, last), STRIP at most, rounded to bfloat16, with x: inputs in blocks of
+    // MOST, each [pair of columns][MOST]. Null without bfloat16; with it, `product` takes grids whose inputs are in bfloat16.
+    void (*strip)(const Ready& band, int64_t out, int64_t first, int64_t last, const uint32_t* x, int64_t batch, float* y) = nullptr;
 };
 
 // Those of an instruction set by its place, the best for one below zero; null where there is none.
@@ -96,6 +102,7 @@ const Kernels* kernels_of(int32_t isa);
 extern const Kernels portable;
 #if defined(__x86_64__)
 extern const Kernels avx2, avx512;
+Kernels avx512bf16();  // avx512's, with products in bfloat16 instead where these are exact
 #endif
 
 }  // namespace voroq

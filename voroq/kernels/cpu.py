@@ -1,8 +1,9 @@
 """y = x @ w.T on the CPU without building w: codes are unpacked, looked up and multiplied in one pass (csrc/cpu).
 
 Reads the packed tensors as they are stored; nothing is prepared or kept. Up to `FUSED` rows of x it is one pass for every eight; with
-more, panels of w that fit into the cache are decoded and multiplied by torch. Tables, grids of up to 8 bits, and pyramids of 8 or 16
-dimensions, along one side of the matrix; all sums in float32. The result does not depend on the number of threads.
+more, panels of w that fit into the cache are decoded and multiplied by torch. Where the machine multiplies bfloat16 and x is that, the
+library does both itself, strip by strip. Tables, grids of up to 8 bits, and pyramids of 8 or 16 dimensions, along one side of the
+matrix; all sums in float32. The result does not depend on the number of threads.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from voroq.packed.vptq_format import VptqSpec
 
 FUSED = 16
 """Rows of x that are multiplied without decoding panels."""
+STRIP = 48
+"""Rows of w that the library decodes to bfloat16 at a time, where the machine multiplies it: at least one tile of every band."""
 PANEL = 1 << 20
 """Weights of a panel."""
 LONGEST = 16
@@ -81,7 +84,7 @@ def weight(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
 def _multiply(x: Float[Tensor, "n in"], packed: Packed) -> Float[Tensor, "n out"]:
     out, columns = packed.spec.shape
     y, call = torch.empty(x.shape[0], out, dtype=x.dtype), Call(packed)
-    if x.shape[0] <= FUSED:
+    if x.shape[0] <= FUSED or call.strips(x.dtype):
         call.multiply(x, y)
         return y
     wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # no machine of this kind multiplies float16 fast
@@ -122,6 +125,10 @@ class Call:
             self.held["outlier_indices"] = torch.nn.functional.pad(odd, (0, 1))
         facts = tuple((name, tensor.data_ptr(), tensor.dtype) for name, tensor in self.held.items())
         self.shape, self.plan = packed.spec.shape, _plan(packed.spec, facts)
+
+    def strips(self, dtype: torch.dtype) -> bool:
+        """Whether the library itself goes on with more rows of x."""
+        return dtype == torch.bfloat16 and native.isas()[max(ISA, 0)] == "avx512bf16" and self.plan.unit <= STRIP
 
     def multiply(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
         native.call("voroq_product", self.product(x, y))

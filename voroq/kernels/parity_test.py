@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from voroq.transform.chain import Chain
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"{native.problem()}")
 TABLES = [(1, (16,)), (2, (4,)), (3, (16,)), (4, (256,)), (4, (8192, 64)), (6, (4096,)), (8, (256, 256)), (8, (8192,)), (12, (64, 32))]
-TABLES += [(16, (16, 16)), (16, (8192,))]
+TABLES += [(16, (16, 16)), (16, (8192,)), (8, (1 << 16,))]
 OUTLIERS = [(0, 2, 8), (5, 4, 16), (6, 3, 8)]
 TYPES = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -41,10 +41,10 @@ def rows(batch: int, columns: int) -> torch.Tensor:
     return torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
 
 
-def assert_agrees(q: Quantized, layout: str, real: torch.dtype, wanted: torch.dtype) -> None:
+def assert_agrees(q: Quantized, layout: str, real: torch.dtype, wanted: torch.dtype, batches: tuple[int, ...] = BATCHES) -> None:
     packed = pack(q, real, layout)
     w = unpack(packed).dequantize().double()
-    for batch in BATCHES:
+    for batch in batches:
         x = rows(batch, q.shape[1]).to(wanted)
         assert pick(packed.spec, x) == "cpu"
         expected = x.double() @ w.T
@@ -98,6 +98,40 @@ def test_grids(isa, bits, steps, zero):
     bands = [random_band(a, b, Tile(1, 1), Grid(bits), 41, rng, scale=True, zero=zero) for a, b in pairwise(edges)]
     q = Quantized((41, 384), random_transform(384, steps, rng, 41), tuple(b for b, _ in bands), tuple(c for _, c in bands))
     assert_agrees(q, "voroq", torch.float32, torch.float32)
+
+
+@needs_library
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("steps", [(), ("permute",), ("affine", "permute")], ids="-".join)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_grids_with_inputs_in_bfloat16(isa, bits, steps, zero):
+    """Bands of 128 columns and more are multiplied as they are, up to 12 inputs; others, and more inputs, are not."""
+    rng = torch.Generator().manual_seed(bits)
+    edges = [0, 128, 256, 356, 499, 800]
+    bands = [random_band(a, b, Tile(1, 1), Grid(bits), 53, rng, scale=True, zero=zero) for a, b in pairwise(edges)]
+    q = Quantized((53, 800), random_transform(800, steps, rng, 53), tuple(b for b, _ in bands), tuple(c for _, c in bands))
+    assert_agrees(q, "voroq", torch.bfloat16, torch.bfloat16, (1, 2, 3, 8, 11, 37))
+
+
+@needs_library
+@pytest.mark.parametrize("along", [False, True])
+@pytest.mark.parametrize("lengths", [(8, 6), (16, 12), (5, 7), (7, 9), (3, 16), (1, 2)], ids=str)
+def test_bands_of_several_lengths_with_inputs_in_bfloat16(isa, lengths, along):
+    """Strips of 48 rows are whole tiles of every band, but for lengths of 7 and 9."""
+    rng, edges = torch.Generator().manual_seed(lengths[0]), [0, 91 * lengths[0], 91 * lengths[0] + 601 * lengths[1]]
+    tiles = [Tile(1, v) if along else Tile(v, 1) for v in lengths]
+    tables = [random_table((64, 16), v, rng) for v in lengths]
+    bands = [random_band(*edges[i : i + 2], tiles[i], tables[i], 113, rng, scale=True) for i in range(2)]
+    q = Quantized((113, edges[-1]), random_transform(edges[-1], ("permute",), rng), tuple(b for b, _ in bands), tuple(c for _, c in bands))
+    assert_agrees(q, "voroq", torch.float16, torch.bfloat16)
+
+
+@needs_library
+@pytest.mark.parametrize("along", [False, True])
+@pytest.mark.parametrize("dim", [8, 16])
+def test_pyramids_with_inputs_in_bfloat16(isa, dim, along):
+    book = random_pyramids(dim, (6, 3, 8), 2, torch.Generator().manual_seed(dim))
+    assert_agrees(pyramid_linear(dim, book, along=along), "voroq", torch.float16, torch.bfloat16)
 
 
 PYRAMIDS = [(8, (1,), 0), (8, (6, 3, 8), 2), (8, (99, 127), 9), (16, (3, 12, 8), 0), (16, (22, 26), 1), (16, (52,), 64)]
@@ -161,6 +195,7 @@ def test_pulses(isa, dim, pulses, along):
                         generator=rng) + most], -1) for c in q.codes]  # fmt: skip
     q = replace(q, codes=tuple(codes))
     assert_agrees(q, "voroq", torch.float32, torch.float32)
+    assert_agrees(q, "voroq", torch.float16, torch.bfloat16)
     packed = pack(q, torch.float16, "voroq")
     assert torch.equal(cpu.weight(packed, torch.float32), reference.weight(packed, torch.float32))
 
@@ -217,17 +252,19 @@ def test_decoded_weights_are_those_of_the_reference_bit_for_bit(isa, steps, dtyp
 
 
 @needs_library
-def test_threads_do_not_change_a_bit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(dtype):
     packed = pack(random_vptq(1000, 157, 5, v=6, sizes=(256, 16), outliers=(5, 4, 16), steps=("affine", "permute")), torch.float16, "vptq")
     for batch in BATCHES:
-        x, found, before = rows(batch, 157), [], torch.get_num_threads()
+        x, found, before = rows(batch, 157).to(dtype), [], torch.get_num_threads()
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             try:
                 found.append(matmul(x, packed))
             finally:
                 torch.set_num_threads(before)
-        if batch <= cpu.FUSED:  # panels go through torch, which promises nothing
+        ours = dtype == torch.bfloat16 and native.isas()[0] == "avx512bf16"
+        if batch <= cpu.FUSED or ours:  # panels go through torch, which promises nothing
             assert all(torch.equal(y, found[0]) for y in found)
 
 
@@ -237,8 +274,8 @@ def test_nothing_stored_is_changed_and_every_output_is_written(monkeypatch):
     before = {name: tensor.clone() for name, tensor in packed.tensors.items()}
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
-    for batch in BATCHES:
-        assert matmul(rows(batch, 106), packed).isfinite().all()
+    for batch, dtype in product(BATCHES, TOLERANCE):
+        assert matmul(rows(batch, 106).to(dtype), packed).isfinite().all()
     assert all(torch.equal(tensor, before[name]) for name, tensor in packed.tensors.items())
 
 

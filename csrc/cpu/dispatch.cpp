@@ -7,6 +7,7 @@
 #include "reals.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -190,13 +191,13 @@ std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Produ
 
 // B rows of x, as the kernels read them: stored column order, scaled. Rows past the batch are zero.
 struct Inputs {
-    float* by_column;    // [in][B]
+    const float* by_column;  // [in][B]
     float shift[MOST];   // sum of x * shift, of all columns
     float all[MOST];     // sum of x, where rows have scales
 };
 
 Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_t first, int B) {
-    Inputs to{scratch.take(p.in * B), {}, {}};
+    Inputs to{};
     const int64_t rows = std::min<int64_t>(B, p.batch - first);
     const float* scale = floats(scratch, kernels, p.scale, p.real, p.in);
     const float* shift = floats(scratch, kernels, p.shift, p.real, p.in);
@@ -208,12 +209,26 @@ Inputs inputs(Scratch& scratch, const Kernels& kernels, const Product& p, int64_
         to.shift[b] = float(with_shift);
         to.all[b] = float(plain);
     }
+    to.by_column = x;
+    if (B == 1 && !p.perm && !scale) return to;
+    float* by_column = scratch.take(p.in * B);
+    to.by_column = by_column;
     for (int64_t c = 0; c < p.in; ++c) {
         const int64_t at = place(p, c);
         const float by = scale ? scale[at] : 1.0f;
-        for (int b = 0; b < B; ++b) to.by_column[c * B + b] = b < rows ? x[b * p.in + at] * by : 0.0f;
+        for (int b = 0; b < B; ++b) by_column[c * B + b] = b < rows ? x[b * p.in + at] * by : 0.0f;
     }
     return to;
+}
+
+// The sum of `count` numbers `step` apart, in eight parts.
+float sum(const float* x, int64_t count, int64_t step) {
+    float parts[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int64_t j = 0; j < 8; ++j) parts[j] += x[(i + j) * step];
+    for (; i < count; ++i) parts[0] += x[i * step];
+    return ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
 }
 
 void point(Scratch& scratch, const Inputs& in, Ready& r, int B) {
@@ -221,17 +236,23 @@ void point(Scratch& scratch, const Inputs& in, Ready& r, int B) {
     if (band.kind == GRID) {
         const int64_t codes = r.lanes == BRAINS ? 4 : grid_codes(band.bits), wide = r.lanes * codes, chunks = (band.along + wide - 1) / wide;
         float *x = scratch.take(chunks * wide * B), *sums = scratch.take(B);
-        std::fill(sums, sums + B, 0.0f);
-        for (int64_t chunk = 0, c = 0; chunk < chunks; ++chunk)
-            for (int64_t lane = 0; lane < r.lanes; ++lane)
-                for (int64_t code = 0; code < codes; ++code, ++c)
-                    for (int b = 0; b < B; ++b) {
-                        const float value = c < band.along ? in.by_column[(band.column + c) * B + b] : 0.0f;
-                        const int64_t at = ((chunk * codes + code) * B + b) * r.lanes + lane;
-                        if (r.lanes == BRAINS) reinterpret_cast<uint16_t*>(x)[at] = to_brain(value);
-                        else x[at] = value;
-                        sums[b] += value;
+        const float* from = in.by_column + band.column * B;
+        for (int64_t chunk = 0, at = 0; chunk < chunks; ++chunk, from += wide * B)
+            for (int64_t code = 0; code < codes; ++code) {
+                const int64_t there = std::clamp<int64_t>((band.along - chunk * wide - code + codes - 1) / codes, 0, r.lanes);
+                for (int b = 0; b < B; ++b, at += r.lanes) {
+                    const float* own = from + code * B + b;
+                    if (r.lanes == BRAINS) {  // what bfloat16 holds exactly
+                        uint16_t* to = reinterpret_cast<uint16_t*>(x) + at;
+                        for (int64_t lane = 0; lane < there; ++lane) to[lane] = uint16_t(std::bit_cast<uint32_t>(own[lane * codes * B]) >> 16);
+                        std::fill(to + there, to + r.lanes, uint16_t(0));
+                    } else {
+                        for (int64_t lane = 0; lane < there; ++lane) x[at + lane] = own[lane * codes * B];
+                        std::fill(x + at + there, x + at + r.lanes, 0.0f);
                     }
+                }
+            }
+        for (int b = 0; b < B; ++b) sums[b] = sum(in.by_column + band.column * B + b, band.along, B);
         r.sums = sums;
         r.x = x;
     } else if (band.cols == 1) {

@@ -28,16 +28,16 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "+ gradients at the outputs (two-sided)", SWEPT, Effort(), TWO
     yield "+ two rounds of two sweeps", FULL, Effort(), TWO
     yield "+ bits allocated", FULL, EFFORTS["fast"], TWO
-    plain = replace(EFFORTS["balanced"], mode="parallel")
+    whole = EFFORTS["balanced"]
     for label, left in (
         ("+ whole-model tuning", {"moves": 0.0, "guide": 0.0, "head_rate": 0.0}),
         ("+ code moves", {"guide": 0.0, "head_rate": 0.0}),
         ("+ guided by the blocks' outputs", {"head_rate": 0.0}),
         ("+ the head", {}),
     ):
-        yield label, FULL, replace(plain, tuning=replace(plain.tuning, **left)), TWO
-    yield "+ channels interleaved", FULL, plain, INTERLEAVED
-    yield "+ asymmetric (balanced)", FULL, EFFORTS["balanced"], INTERLEAVED
+        yield label, FULL, replace(whole, tuning=replace(whole.tuning, **left)), TWO
+    yield "+ channels interleaved (balanced)", FULL, whole, INTERLEAVED
+    yield "| balanced, asymmetric", FULL, whole, {**INTERLEAVED, "mode": "asymmetric"}
     yield "| bits allocated, channels interleaved (fast)", FULL, EFFORTS["fast"], INTERLEAVED
     yield "| two rounds, guided row groups instead of two-sided", FULL, Effort(), {**ONE, "hessian": "guided"}
     yield "| two rounds, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}

@@ -46,7 +46,7 @@ def measure(
         out, began = str(Path(folder) / "model"), time.perf_counter()
         if effort.allocates(plan):
             plan = plan_model(DEMO_MODEL, plan, **text, interleave=interleave, samples=min(samples, 64)).plan
-        how = {"mode": effort.mode, "tuning": effort.tuning, "interleave": interleave, **options}
+        how = {"tuning": effort.tuning, "interleave": interleave, **options}
         report = quantize_model(DEMO_MODEL, out, plan, **text, samples=samples, **how)
         seconds = time.perf_counter() - began
         opening = {"device": "cpu", "dtype": "float32"}

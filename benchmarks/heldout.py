@@ -36,7 +36,7 @@ def measure(bits: float, options: dict[str, str], run: dict[str, Any], *, sample
     effort = EFFORTS[run.pop("effort", "fast")]
     plan = make_plan("pvq", bits, options)
     text = {"calibration": folder / "head.txt", "samples": samples, "context": 256}
-    report = quantize_model(DEMO_MODEL, out, plan, **text, tuning=effort.tuning, **{"mode": effort.mode, **run})
+    report = quantize_model(DEMO_MODEL, out, plan, **text, tuning=effort.tuning, **run)
     seconds, opening = time.perf_counter() - began, {"device": "cpu", "dtype": "float32"}
     texts = [str(folder / "tail.txt"), str(folder / "mixed.txt")]
     c4, mixed = compare(out, texts, against=DEMO_MODEL, context=256, windows=windows, opening=opening).texts

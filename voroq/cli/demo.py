@@ -60,8 +60,7 @@ def demo(
     with terminal_progress(err()) as progress:
         if effort.allocates(plan):
             plan = plan_model(DEMO_MODEL, plan, progress=progress, **shared).plan
-        how = {"mode": effort.mode, "tuning": effort.tuning, "samples": SAMPLES}
-        report = quantize_model(str(DEMO_MODEL), made, plan, progress=progress, **how, **shared)
+        report = quantize_model(str(DEMO_MODEL), made, plan, samples=SAMPLES, tuning=effort.tuning, progress=progress, **shared)
     seconds = time.perf_counter() - began
     err().print("measuring both models")
     opening = {"device": device, "dtype": "float32"}

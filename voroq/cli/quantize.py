@@ -69,12 +69,10 @@ HessianKind = Annotated[
 
 
 ModeKind = Annotated[
-    Mode | None,
+    Mode,
     typer.Option(
         help="What a block sees: the original model (parallel), or the quantized blocks before it (sequential); asymmetric: those, and "
-        "weights first become the ones that answer them as the originals answered the original's inputs. Default: asymmetric, and parallel "
-        "for the effort fast.",
-        show_default=False,
+        "weights first become the ones that answer them as the originals answered the original's inputs."
     ),
 ]
 EffortKind = Annotated[
@@ -135,7 +133,7 @@ def quantize(
     calibration: CalibrationSource = None,
     samples: Samples = None,
     context: Context = None,
-    mode: ModeKind = None,
+    mode: ModeKind = Mode.parallel,
     hessian: HessianKind = Hessian.auto,
     interleave: Interleave = True,
     effort: EffortKind = None,
@@ -197,7 +195,7 @@ def quantize(
         if allocate:
             wanted = plan_model(model, wanted, progress=progress, **shared, **place).plan
         blocks = Tuning(steps=tune_blocks) if tune_blocks else None
-        how = {"mode": mode.value if mode else chosen.mode, "hessian": hessian.value, "block_tuning": blocks, "tuning": chosen.tuning}
+        how = {"mode": mode.value, "hessian": hessian.value, "block_tuning": blocks, "tuning": chosen.tuning}
         report = quantize_model(model, out, wanted, samples=samples, resume=resume, progress=progress, **how, **shared, **place, **inputs)
     emit(report, as_json, summary(report, out))
 

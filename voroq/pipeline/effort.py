@@ -1,8 +1,7 @@
 """How much work a result is worth: three presets between an untuned run and everything that paid (docs/vptq.md has the ablation).
 
     fast       for tables and pyramids bits allocated by what every linear is worth, else the method alone; memory of one block
-    balanced   bits allocated, weights that answer what earlier blocks now give them (asymmetric), then the whole model tuned towards
-               the original's logits
+    balanced   bits allocated, then the whole model tuned towards the original's logits
     best       the same with more search in every table, and a tuning as long as it pays
 
 The last two hold the original and the quantized model in memory at once, in float32.
@@ -18,11 +17,10 @@ from voroq.tuning.loop import Tuning
 
 @dataclass(frozen=True)
 class Effort:
-    """`options` are the method's own, by method, and `mode` is the run's; what the user asks for comes first. The budgets of the methods
-    in `allocate` are spent by sensitivity."""
+    """`options` are the method's own, by method; what the user asks for comes first. The budgets of the methods in `allocate` are spent
+    by sensitivity."""
 
     tuning: Tuning | None = None
-    mode: str = "parallel"
     options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     allocate: frozenset[str] = frozenset()
 
@@ -37,10 +35,10 @@ class Effort:
 
 EVERY = frozenset(METHODS)
 _BALANCED = Tuning(steps=260, batch=4, rate=0.01, moves=0.02, move_rate=0.009, guide=1.0, head_rate=0.0005)
-_BEST = replace(_BALANCED, steps=1800, samples=8192, move_rate=0.0032)
+_BEST = replace(_BALANCED, steps=2400, samples=8192, move_rate=0.0028)
 
 EFFORTS = {
     "fast": Effort(allocate=frozenset({"vptq", "pvq"})),
-    "balanced": Effort(_BALANCED, "asymmetric", allocate=EVERY),
-    "best": Effort(_BEST, "asymmetric", {"vptq": {"rounds": "4"}}, allocate=EVERY),
+    "balanced": Effort(_BALANCED, allocate=EVERY),
+    "best": Effort(_BEST, {"vptq": {"rounds": "4"}}, allocate=EVERY),
 }

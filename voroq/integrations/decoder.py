@@ -9,6 +9,9 @@ gradients and whatever else does not fit a step go through the model as before.
 import os
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from inspect import signature
+from threading import Lock
+from types import MethodType
 from typing import Any
 
 import torch
@@ -33,8 +36,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.1}
 """Of the logits' norm, how far a step may be from the model, which rounds after every operation."""
 PROBE = (11, 7, 5)
 """Tokens with which the two are compared."""
-IGNORED = {"use_cache", "return_dict", "logits_to_keep", "num_logits_to_keep", "cache_position"}
-"""Arguments that change nothing for one token behind a cache."""
+KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values"}
+KNOWN |= {"use_cache", "return_dict", "logits_to_keep", "num_logits_to_keep", "cache_position"}
+"""Arguments that are looked at, and those that change nothing for one token behind a cache."""
 
 
 class Unfit(Exception):
@@ -43,12 +47,15 @@ class Unfit(Exception):
 
 def speed_up(model: nn.Module) -> str | None:
     """Let `model`, on the CPU and in eval mode, make steps of one token in the library. None, or why it goes on as before."""
+    replaced = vars(model).get("forward")
+    if replaced is not None:
+        return None if getattr(replaced, "steps", False) else "its forward has been replaced"
     try:
         decoder = Decoder(model)
         decoder.check()
     except Unfit as unfit:
         return str(unfit)
-    model.forward = decoder.wrapped()
+    model.forward = MethodType(decoder.wrapped(), model)
     return None
 
 
@@ -62,15 +69,16 @@ class Decoder:
             raise Unfit(f"{VARIABLE} asks for other kernels")
         if any(parameter.device.type != "cpu" for parameter in model.parameters()) or any(hasattr(m, "_hf_hook") for m in model.modules()):
             raise Unfit("not all of it stays on the CPU")
-        self.model, self.forward, self.held = model, model.forward, []
+        self.model, self.held, self.lock = model, [], Lock()
         base, self.embedding, head = _part(model, model.base_model_prefix), model.get_input_embeddings(), model.get_output_embeddings()
         blocks, self.rotary, self.dtype = list(_part(base, "layers")), _part(base, "rotary_emb"), self.embedding.weight.dtype
-        if type(self.embedding) is not nn.Embedding or self.dtype not in REALS or getattr(self.rotary, "rope_type", None) not in ROPES:
+        known = type(self.embedding) is nn.Embedding and self.dtype in REALS and getattr(self.rotary, "rope_type", None) in ROPES
+        if not blocks or not known:
             raise Unfit("its embedding, or its rotary embedding, is of another kind")
         self.layers = (native.Layer * len(blocks))(*(self._layer(block) for block in blocks))
         attention, inner = blocks[0].self_attn, blocks[0].mlp.gate_proj.out_features
         size = _part(attention, "head_dim")
-        if size % 16 or len({(b.self_attn.head_dim, b.self_attn.scaling, b.mlp.gate_proj.out_features) for b in blocks}) > 1:
+        if size % 16 or len({self._form(block) for block in blocks}) > 1:
             raise Unfit("its blocks differ, or its heads are no multiple of 16 wide")
         self.cosines = self.sines = torch.empty(0, size)
         self._turn_to(0)
@@ -82,16 +90,21 @@ class Decoder:
         self.vocabulary, self.addresses = head.out_features, self._addresses()
 
     def wrapped(self) -> Callable[..., Any]:
-        """The model's `forward`, with steps through the library where they fit."""
+        """The model's `forward`, with steps through the library where they fit; of a copy of the model, its own."""
+        plain = type(self.model).forward
+        names = list(signature(plain).parameters)[1:]
 
-        @wraps(self.forward)
-        def forward(input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **rest: Any) -> Any:
-            cache = rest.get("cache", rest.get("past_key_values"))
-            if not self._fits(input_ids, attention_mask, position_ids, cache, rest):
-                return self.forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **rest)
-            logits = self(int(input_ids), cache)
+        @wraps(plain)
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if model is not self.model or not self._fits(given):
+                return plain(model, *args, **kwargs)
+            cache = given.get("cache", given.get("past_key_values"))
+            with self.lock:
+                logits = self(int(given["input_ids"]), cache)
             return CausalLMOutputWithPast(logits=logits[None, None], **cache_argument(CausalLMOutputWithPast, cache))
 
+        forward.steps = True
         return forward
 
     def __call__(self, token: int, cache: DynamicCache) -> Float[Tensor, "vocabulary"]:
@@ -121,18 +134,25 @@ class Decoder:
         tokens, cache = torch.tensor([PROBE]), DynamicCache(config=self.model.config)
         if any(type(layer) is not DynamicLayer for layer in cache.layers) or len(cache.layers) != len(self.layers):
             raise Unfit("not all of its layers see all tokens")
-        whole = self.forward(input_ids=tokens, use_cache=False).logits[0, -1].float()
-        self.forward(input_ids=tokens[:, :-1], use_cache=True, **cache_argument(self.forward, cache))
+        whole = self.model(input_ids=tokens, use_cache=False).logits[0, -1].float()
+        self.model(input_ids=tokens[:, :-1], use_cache=True, **cache_argument(self.model.forward, cache))
         error = float((self(PROBE[-1], cache).float() - whole).norm() / whole.norm())
         if not error <= TOLERANCE[self.dtype]:
             raise Unfit(f"it computes something else than its parts suggest: logits differ by {error:.2g} of their norm")
 
-    def _fits(self, tokens: Any, mask: Any, positions: Any, cache: Any, rest: dict[str, Any]) -> bool:
+    def _fits(self, given: dict[str, Any]) -> bool:
+        """Whether a call with these arguments is one token behind a plain cache, and nothing else."""
+        tokens, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        cache = given.get("cache", given.get("past_key_values"))
         if not isinstance(tokens, Tensor) or tokens.shape != (1, 1) or tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return False
         if torch.is_grad_enabled() or self.model.training or self.addresses != self._addresses():
             return False
-        if any(value is not None and value is not False for name, value in rest.items() if name not in IGNORED and value is not cache):
+        if any(value is not None and value is not False for name, value in given.items() if name not in KNOWN):
+            return False
+        if given.get("use_cache") is False or given.get("return_dict") is False:
+            return False
+        if any(getattr(self.model.config, f"output_{more}", False) for more in ("hidden_states", "attentions")):
             return False
         if not isinstance(cache, DynamicCache) or len(cache.layers) != len(self.layers):
             return False
@@ -141,6 +161,8 @@ class Decoder:
         shapes = {(layer.keys.shape, layer.keys.dtype) for layer in cache.layers}
         past = cache.layers[0].keys.shape[-2]
         if past == 0 or shapes != {((1, self.step.pairs, past, self.step.size), self.dtype)}:
+            return False
+        if not 0 <= int(tokens) < self.embedding.num_embeddings:
             return False
         whole = mask is None or (isinstance(mask, Tensor) and mask.shape == (1, past + 1) and bool(mask.all()))
         return whole and (positions is None or (positions.numel() == 1 and int(positions) == past))
@@ -158,6 +180,12 @@ class Decoder:
         if any(turned.shape != (positions.shape[1], self.cosines.shape[1]) for turned in found):
             raise Unfit("its rotary embedding turns a part of a head")
         self.cosines, self.sines = found
+
+    def _form(self, block: nn.Module) -> tuple[Any, ...]:
+        """What all blocks must have in common."""
+        attention, linears = block.self_attn, (*block.self_attn.children(), *block.mlp.children())
+        sizes = [(linear.out_features, linear.in_features) for linear in linears if hasattr(linear, "out_features")]
+        return attention.head_dim, attention.scaling, *sizes
 
     def _layer(self, block: nn.Module) -> native.Layer:
         parts = {name for name, part in block.named_modules() if next(part.parameters(recurse=False), None) is not None}

@@ -1,5 +1,9 @@
 """A step in the library against the model's own, for whatever models and linears have its parts; and what must not go through it."""
 
+import copy
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -182,6 +186,11 @@ def test_what_is_no_step_goes_through_the_model(steps: list[int]):
         both(tokens(1), attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1]]))
         both(tokens(1), position_ids=torch.tensor([[9]]))
         both(tokens(1), output_hidden_states=True)
+        model.config.output_hidden_states = True
+        both(tokens(1))
+        model.config.output_hidden_states = False
+        found = model(tokens(1), return_dict=False, **given(model, DynamicCache(config=model.config)))
+        assert isinstance(found, tuple)
         both(None, inputs_embeds=plain.get_input_embeddings()(tokens(1)))
         assert torch.equal(plain(x).logits, model(x).logits) and torch.equal(plain(x[:, :1]).logits, model(x[:, :1]).logits)
         wide = tokens(5, batch=3)
@@ -200,6 +209,36 @@ def test_what_is_no_step_goes_through_the_model(steps: list[int]):
 def said_with(model: nn.Module, x: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
     model(x[:, :3], use_cache=True, **given(model, cache))
     return torch.stack([model(x[:, t : t + 1], use_cache=True, **given(model, cache)).logits for t in range(3, 6)])
+
+
+def test_copies_and_second_calls_and_tokens_that_are_none(steps: list[int]):
+    """A copy has weights of its own; and what is no token is refused by the model, not read from memory."""
+    model, x = made("llama"), tokens(6)
+    names = list(inspect.signature(model.forward).parameters)
+    assert speed_up(model) is None and speed_up(model) is None
+    assert list(inspect.signature(model.forward).parameters) == names
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.model.embed_tokens.weight.neg_()
+    steps.clear()
+    assert far(said(copied, x, 3), said(model, x, 3)) > 0.1 and len(steps) == 3
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(x, use_cache=True, **given(model, cache))
+        for token in (64, -1):
+            with pytest.raises(IndexError):
+                model(torch.tensor([[token]]), use_cache=True, **given(model, cache))
+    other = made("llama")
+    other.forward = lambda *args, **kwargs: None
+    assert "replaced" in speed_up(other)
+
+
+def test_threads_do_not_disturb_each_other():
+    model, x = made("llama", "vptq"), tokens(40)
+    assert speed_up(model) is None
+    alone = said(model, x, 3)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, alone) for found in pool.map(lambda _: said(model, x, 3), range(8)))
 
 
 def test_beams_and_rewinding_after_steps(steps: list[int]):

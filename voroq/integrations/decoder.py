@@ -75,6 +75,8 @@ class Decoder:
         known = type(self.embedding) is nn.Embedding and self.dtype in REALS and getattr(self.rotary, "rope_type", None) in ROPES
         if not blocks or not known:
             raise Unfit("its embedding, or its rotary embedding, is of another kind")
+        if type(head) is not nn.Linear or self.embedding.num_embeddings <= max(PROBE):
+            raise Unfit("its head is no plain linear, or it has next to no vocabulary")
         self.layers = (native.Layer * len(blocks))(*(self._layer(block) for block in blocks))
         attention, inner = blocks[0].self_attn, blocks[0].mlp.gate_proj.out_features
         size = _part(attention, "head_dim")

@@ -52,15 +52,6 @@ const Isa* choose(int32_t wanted) {
     return &list[std::max(wanted, 0)];
 }
 
-void narrow(const float* from, int64_t count, uint16_t* to) {  // to_brain, in a form that compilers make vectors of
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, from + i, 4);
-        const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-        to[i] = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded);
-    }
-}
-
 // Memory of this call, on cache lines; kept by the thread for the next one.
 class Scratch {
   public:
@@ -98,13 +89,23 @@ const float* floats(Scratch& scratch, const Kernels& kernels, const void* from, 
     return to;
 }
 
-// Entries of `size` as `lanes` floats, zeros behind.
+// Entries of `size` as LANES floats, zeros behind; whole vectors but for the last ones, behind which there may be nothing.
+template <int LANES>
+void pad(const float* from, int64_t entries, int64_t size, float* __restrict to) {
+    uint32_t kept[LANES];
+    for (int i = 0; i < LANES; ++i) kept[i] = i < size ? ~0u : 0u;
+    const int64_t whole = std::max<int64_t>(0, entries - (LANES + size - 1) / size);
+    for (int64_t e = 0; e < whole; ++e, from += size, to += LANES)
+        for (int i = 0; i < LANES; ++i) to[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(from[i]) & kept[i]);
+    for (int64_t e = whole; e < entries; ++e, from += size, to += LANES)
+        for (int i = 0; i < LANES; ++i) to[i] = i < size ? from[i] : 0.0f;
+}
+
 const float* padded(Scratch& scratch, const Kernels& kernels, const void* from, int32_t real, int64_t entries, int64_t size, int lanes) {
     const float* dense = floats(scratch, kernels, from, real, entries * size);
     if (size == lanes) return dense;
     float* to = scratch.take(entries * lanes);
-    for (int64_t e = 0; e < entries; ++e)
-        for (int64_t i = 0; i < lanes; ++i) to[e * lanes + i] = i < size ? dense[e * size + i] : 0.0f;
+    (lanes == 4 ? pad<4> : lanes == 8 ? pad<8> : pad<16>)(dense, entries, size, to);
     return to;
 }
 
@@ -180,7 +181,6 @@ int64_t unit(const Product& p) {
 std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, const Product& p, bool decode, bool strips) {
     for (int64_t c = 0; p.perm && c < p.in; ++c)
         if (uint64_t(place(p, c)) >= uint64_t(p.in)) throw std::out_of_range("permutation");
-    scratch.back(0);
     std::vector<Ready> bands;
     for (int64_t i = 0; i < p.count; ++i) {
         if (!can(p.bands[i])) throw std::invalid_argument("band");
@@ -274,12 +274,18 @@ int64_t piece(const Product& p) {
 }
 
 void write(const Product& p, const Inputs& in, int64_t batch, int64_t rows, int64_t first, int64_t last, const float* y, int64_t pitch) {
-    for (int64_t b = 0; b < rows; ++b)
+    const int64_t wide = p.x_real == F32 ? 4 : 2;
+    for (int64_t b = 0; b < rows; ++b) {
+        if (!p.row_scale && !p.shift) {
+            narrow(y + b * pitch, last - first, p.x_real, static_cast<char*>(p.y) + ((batch + b) * p.out + first) * wide);
+            continue;
+        }
         for (int64_t o = first; o < last; ++o) {
             float value = y[b * pitch + o - first] + in.shift[b];
             if (p.row_scale) value = value * real_at(p.row_scale, p.real, o) + real_at(p.row_shift, p.real, o) * in.all[b];
             put_real(p.y, p.x_real, (batch + b) * p.out + o, value);
         }
+    }
 }
 
 thread_local Scratch scratch;
@@ -302,6 +308,7 @@ bool by_strips(const Kernels& kernels, const Product& p) {
 }
 
 int32_t run_strips(const Product& p, const Kernels& kernels) {
+    scratch.back(0);
     const std::vector<Ready> bands = prepare(scratch, kernels, p, false, true);
     const int64_t rows = STRIP / unit(p) * unit(p);
     const size_t kept = scratch.used();
@@ -327,27 +334,52 @@ int32_t run_strips(const Product& p, const Kernels& kernels) {
     return 0;
 }
 
-int32_t run(const Product& p) {
-    const Isa* isa = choose(p.isa);
-    if (!isa) return 1;
-    const Kernels& kernels = *isa->kernels;
-    if (by_strips(kernels, p)) return run_strips(p, kernels);
-    std::vector<Ready> bands = prepare(scratch, kernels, p, false, false);
-    const int64_t step = piece(p), pieces = (p.out + step - 1) / step;
-    for (int64_t done = 0; done < p.batch; done += MOST) {
-        const int64_t rows = std::min<int64_t>(MOST, p.batch - done);
-        const int B = rows <= 2 ? int(rows) : rows <= 4 ? 4 : 8;
-        const Inputs in = inputs(scratch, kernels, p, done, B);
-        for (Ready& r : bands) point(scratch, in, r, B);
-        parallel(pieces, p.threads, [&](int64_t i) {
-            const int64_t first = i * step, last = std::min(first + step, p.out);
-            thread_local std::vector<float> y;
-            y.assign(size_t(B * step), 0.0f);
-            kernels.product(bands.data(), p.count, p.out, p.in, B, first, last, y.data(), step);
-            write(p, in, done, rows, first, last, y.data(), step);
-        });
+// A product on its way: bands and inputs made ready, its rows in pieces.
+struct Job {
+    const Product* product;
+    std::vector<Ready> bands;
+    Inputs in;
+    int64_t step, pieces;
+};
+
+// Where x lies as `r` reads it, if that is how it was laid out for one of these products, which have the same inputs.
+bool shares(const std::vector<Job>& jobs, const Inputs& in, Ready& r) {
+    for (const Job& job : jobs)
+        for (const Ready& other : job.bands)
+            if (r.band.kind == GRID && other.band.kind == GRID && other.x && job.in.by_column == in.by_column && other.lanes == r.lanes &&
+                other.band.along == r.band.along && other.band.column == r.band.column && grid_codes(other.band.bits) == grid_codes(r.band.bits)) {
+                r.x = other.x;
+                r.sums = other.sums;
+                return true;
+            }
+    return false;
+}
+
+// y = x w^T for inputs [done, done + rows) of the products, whose rows of w are shared among threads all together.
+void multiply(const Kernels& kernels, std::vector<Job>& jobs, int64_t done, int64_t rows) {
+    const int B = rows <= 2 ? int(rows) : rows <= 4 ? 4 : 8;
+    int64_t pieces = 0;
+    for (Job& job : jobs)
+        for (Ready& r : job.bands) r.x = nullptr;
+    for (size_t j = 0; j < jobs.size(); ++j) {
+        Job& job = jobs[j];
+        const Product &p = *job.product, &before = *jobs[j ? j - 1 : 0].product;
+        const auto plain = [](const Product& q) { return !q.perm && !q.scale && !q.shift && !q.row_scale; };
+        job.in = j && p.x == before.x && plain(p) && plain(before) ? jobs[j - 1].in : inputs(scratch, kernels, p, done, B);
+        for (Ready& r : job.bands)
+            if (!shares(jobs, job.in, r)) point(scratch, job.in, r, B);
+        pieces += job.pieces;
     }
-    return 0;
+    parallel(pieces, jobs[0].product->threads, [&](int64_t i) {
+        const Job* job = jobs.data();
+        for (; i >= job->pieces; ++job) i -= job->pieces;
+        const Product& p = *job->product;
+        const int64_t first = i * job->step, last = std::min(first + job->step, p.out);
+        thread_local std::vector<float> y;
+        y.assign(size_t(B * job->step), 0.0f);
+        kernels.product(job->bands.data(), p.count, p.out, p.in, B, first, last, y.data(), job->step);
+        write(p, job->in, done, rows, first, last, y.data(), job->step);
+    });
 }
 
 int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int32_t real) {
@@ -355,6 +387,7 @@ int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int
     const int64_t tiles = unit(p);
     if (!isa || first < 0 || last > p.out || first % tiles) return 1;
     const Kernels& kernels = *isa->kernels;
+    scratch.back(0);
     const std::vector<Ready> bands = prepare(scratch, kernels, p, true, false);
     const float* scale = floats(scratch, kernels, p.scale, p.real, p.in);
     const float* shift = floats(scratch, kernels, p.shift, p.real, p.in);
@@ -369,7 +402,7 @@ int32_t run_decode(const Product& p, int64_t first, int64_t last, void* out, int
         thread_local std::vector<float> rows;
         rows.resize(size_t((to - from) * p.in));
         decode(rows.data());
-        if (plain && real == BF16) return narrow(rows.data(), (to - from) * p.in, static_cast<uint16_t*>(out) + (from - first) * p.in);
+        if (plain && real == BF16) return narrow(rows.data(), (to - from) * p.in, BF16, static_cast<uint16_t*>(out) + (from - first) * p.in);
         for (int64_t row = from; row < to; ++row) {
             const float by = p.row_scale ? real_at(p.row_scale, p.real, row) : 1.0f, more = p.row_shift ? real_at(p.row_shift, p.real, row) : 0.0f;
             const float* stored = rows.data() + (row - from) * p.in;
@@ -439,13 +472,30 @@ const Kernels* kernels_of(int32_t isa) {
     const Isa* found = choose(isa);
     return found ? found->kernels : nullptr;
 }
+
+int32_t products(const Product* list, int64_t count) {
+    const Isa* isa = choose(list->isa);
+    if (!isa) return 1;
+    const Kernels& kernels = *isa->kernels;
+    if (count == 1 && by_strips(kernels, *list)) return run_strips(*list, kernels);
+    scratch.back(0);
+    std::vector<Job> jobs;
+    for (const Product* p = list; p < list + count; ++p) {
+        const int64_t step = piece(*p);
+        jobs.push_back({p, prepare(scratch, kernels, *p, false, false), {}, step, (p->out + step - 1) / step});
+    }
+    const size_t kept = scratch.used();
+    for (int64_t done = 0; done < list->batch; done += MOST, scratch.back(kept))
+        multiply(kernels, jobs, done, std::min<int64_t>(MOST, list->batch - done));
+    return 0;
+}
 }  // namespace voroq
 
 int32_t voroq_abi() { return VOROQ_ABI; }
 int32_t voroq_isa_count() { return static_cast<int32_t>(voroq::isas().size()); }
 const char* voroq_isa(int32_t index) { return index >= 0 && index < voroq_isa_count() ? voroq::isas()[size_t(index)].name : nullptr; }
 int32_t voroq_product(const Product* product) {
-    return voroq::guarded([&] { return voroq::run(*product); });
+    return voroq::guarded([&] { return voroq::products(product, 1); });
 }
 int32_t voroq_decode(const Product* product, int64_t first, int64_t last, void* out, int32_t real) {
     return voroq::guarded([&] { return voroq::run_decode(*product, first, last, out, real); });

@@ -99,6 +99,9 @@ struct Kernels {
 // Those of an instruction set by its place, the best for one below zero; null where there is none.
 const Kernels* kernels_of(int32_t isa);
 
+// voroq_product for several, of as many inputs each and one instruction set, whose rows are shared among the threads all together.
+int32_t products(const Product* list, int64_t count);
+
 extern const Kernels portable;
 #if defined(__x86_64__)
 extern const Kernels avx2, avx512;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <vector>
 
@@ -41,18 +42,44 @@ void hadamard(const Turn& turn, bool transposed, float* x) {
     for (int64_t i = 0; i < turn.n; ++i) x[i] *= scale;
 }
 
-void normed(const Norm& norm, const float* x, int64_t size, float* to) {
-    double squares = 0;
-    for (int64_t i = 0; i < size; ++i) squares += double(x[i]) * x[i];
-    const float by = float(1 / std::sqrt(squares / double(size) + norm.epsilon));
-    for (int64_t i = 0; i < size; ++i) to[i] = x[i] * by * real_at(norm.gains, norm.real, i);
+// In eight parts, which compilers make vectors of.
+double sum_of_squares(const float* x, int64_t count) {
+    double parts[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int64_t j = 0; j < 8; ++j) parts[j] += double(x[i + j]) * x[i + j];
+    for (; i < count; ++i) parts[0] += double(x[i]) * x[i];
+    return ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
 }
+
+// A linear, and where its outputs go.
+struct Towards {
+    const Linear& linear;
+    Floats& y;
+};
+
+// What lies between the step's floats and a linear: its inputs turned, and what goes in and comes out in the step's type.
+struct Between {
+    Floats turned;
+    std::vector<uint16_t> in, out;
+};
+
+// Inputs that are in the step's type already.
+struct Rounded {
+    const float* from;
+    const uint16_t* to;
+};
 
 class Stepper {
   public:
     explicit Stepper(const Step& step) : step_(step), kernels_(*kernels_of(step.isa)) {}
 
     void run() {
+        together(step_.threads, [this] { walk(); });
+    }
+
+  private:
+    void walk() {
         const Step& s = step_;
         Floats h = room_for(s.hidden), n = room_for(s.hidden), more = room_for(s.hidden);
         Floats q = room_for(s.heads * s.size), k = room_for(s.pairs * s.size), v = room_for(s.pairs * s.size), mixed = room_for(s.heads * s.size);
@@ -61,51 +88,84 @@ class Stepper {
         for (int64_t i = 0; i < s.count; ++i) {
             const Layer& layer = s.layers[i];
             normed(layer.before, h.data(), s.hidden, n.data());
-            multiply(layer.q, n.data(), q.data());
-            multiply(layer.k, n.data(), k.data());
-            multiply(layer.v, n.data(), v.data());
+            multiply(n, {{layer.q, q}, {layer.k, k}, {layer.v, v}});
             place(layer.q_norm, s.heads, q.data());
             place(layer.k_norm, s.pairs, k.data());
             keep(layer, k.data(), layer.keys);
             keep(layer, v.data(), layer.values);
             attend(layer, q.data(), mixed.data());
-            multiply(layer.o, mixed.data(), more.data());
+            multiply(mixed, {{layer.o, more}});
             for (int64_t j = 0; j < s.hidden; ++j) h[size_t(j)] += more[size_t(j)];
             normed(layer.between, h.data(), s.hidden, n.data());
-            multiply(layer.gate, n.data(), gate.data());
-            multiply(layer.up, n.data(), up.data());
+            multiply(n, {{layer.gate, gate}, {layer.up, up}});
             kernels_.gated(gate.data(), up.data(), s.inner);
-            multiply(layer.down, gate.data(), more.data());
+            multiply(gate, {{layer.down, more}});
             for (int64_t j = 0; j < s.hidden; ++j) h[size_t(j)] += more[size_t(j)];
         }
         normed(s.norm, h.data(), s.hidden, n.data());
         Floats logits = room_for(s.head.product.out);
-        multiply(s.head, n.data(), logits.data());
+        multiply(n, {{s.head, logits}});
         narrow(logits.data(), s.head.product.out, s.real, s.logits);
     }
 
-  private:
     void widen(const void* from, int real, int64_t count, float* to) const { kernels_.widen(from, real, count, to); }
 
-    static void narrow(const float* from, int64_t count, int real, void* to) {
-        for (int64_t i = 0; i < count; ++i) put_real(to, real, i, from[i]);
+    void normed(const Norm& norm, const float* x, int64_t size, float* to) {
+        const float by = float(1 / std::sqrt(sum_of_squares(x, size) / double(size) + norm.epsilon));
+        gains_.resize(size_t(size + PAD));
+        widen(norm.gains, norm.real, size, gains_.data());
+        for (int64_t i = 0; i < size; ++i) to[i] = x[i] * by * gains_[size_t(i)];
     }
 
-    void multiply(const Linear& linear, const float* x, float* y) {
-        const Product& shape = linear.product;
+    // Linears of the same inputs, their rows shared among the threads all together.
+    void multiply(const Floats& x, std::initializer_list<Towards> all) {
+        products_.clear();
+        Rounded rounded{};
+        auto own = between_;
+        for (const auto& [linear, y] : all) enter(linear, x.data(), y.data(), *own++, rounded);
+        if (!products_.empty() && products(products_.data(), int64_t(products_.size()))) throw std::invalid_argument("product");
+        own = between_;
+        for (const auto& [linear, y] : all) leave(linear, y.data(), *own++);
+    }
+
+    // A dense linear at once; of a packed one, what it is to multiply.
+    void enter(const Linear& linear, const float* x, float* y, Between& own, Rounded& rounded) {
+        const int64_t in = linear.product.in, out = linear.product.out;
         if (linear.before.signs) {
-            turned_.resize(size_t(shape.in + PAD));
-            for (int64_t i = 0; i < shape.in; ++i) turned_[size_t(i)] = x[i] * linear.before.signs[i];
-            hadamard(linear.before, false, turned_.data());
-            x = turned_.data();
+            own.turned.resize(size_t(in + PAD));
+            for (int64_t i = 0; i < in; ++i) own.turned[size_t(i)] = x[i] * linear.before.signs[i];
+            hadamard(linear.before, false, own.turned.data());
+            x = own.turned.data();
         }
-        if (linear.weight) dense(linear, x, y);
-        else packed(linear, x, y);
+        if (linear.weight) return dense(linear, x, y);
+        Product product = linear.product;
+        product.batch = 1;
+        product.x_real = linear.whole ? int32_t(F32) : step_.real;
+        product.threads = step_.threads;
+        product.isa = step_.isa;
+        product.x = x;
+        product.y = y;
+        if (product.x_real != F32) {
+            if (rounded.from != x) {
+                own.in.resize(size_t(in));
+                narrow(x, in, product.x_real, own.in.data());
+                rounded = {x, own.in.data()};
+            }
+            own.out.resize(size_t(out));
+            product.x = rounded.to;
+            product.y = own.out.data();
+        }
+        products_.push_back(product);
+    }
+
+    void leave(const Linear& linear, float* y, const Between& own) const {
+        const int64_t out = linear.product.out;
+        if (!linear.weight && !linear.whole && step_.real != F32) widen(own.out.data(), step_.real, out, y);
         if (linear.after.signs) {
             hadamard(linear.after, true, y);
-            for (int64_t i = 0; i < shape.out; ++i) y[i] *= linear.after.signs[i];
+            for (int64_t i = 0; i < out; ++i) y[i] *= linear.after.signs[i];
         }
-        for (int64_t i = 0; linear.bias && i < shape.out; ++i) y[i] += real_at(linear.bias, linear.bias_real, i);
+        for (int64_t i = 0; linear.bias && i < out; ++i) y[i] += real_at(linear.bias, linear.bias_real, i);
     }
 
     void dense(const Linear& linear, const float* x, float* y) const {
@@ -115,27 +175,8 @@ class Stepper {
         });
     }
 
-    void packed(const Linear& linear, const float* x, float* y) {
-        Product product = linear.product;
-        product.batch = 1;
-        product.x_real = linear.whole ? int32_t(F32) : step_.real;
-        product.threads = step_.threads;
-        product.isa = step_.isa;
-        product.x = x;
-        product.y = y;
-        if (product.x_real != F32) {
-            inputs_.resize(size_t(product.in));
-            outputs_.resize(size_t(product.out));
-            narrow(x, product.in, product.x_real, inputs_.data());
-            product.x = inputs_.data();
-            product.y = outputs_.data();
-        }
-        if (voroq_product(&product)) throw std::invalid_argument("product");
-        if (product.x_real != F32) widen(outputs_.data(), product.x_real, product.out, y);
-    }
-
     // Norms the heads where they have a norm, and turns them to the token's position.
-    void place(const Norm& norm, int heads, float* x) const {
+    void place(const Norm& norm, int heads, float* x) {
         const int half = step_.size / 2;
         const float *cosines = step_.cosines, *sines = step_.sines;
         for (int h = 0; h < heads; ++h, x += step_.size) {
@@ -149,8 +190,9 @@ class Stepper {
     }
 
     void keep(const Layer& layer, const float* from, void* cache) const {
+        const int64_t wide = step_.real == F32 ? 4 : 2;
         for (int64_t p = 0; p < step_.pairs; ++p)
-            for (int64_t i = 0; i < step_.size; ++i) put_real(cache, step_.real, (p * layer.room + step_.past) * step_.size + i, from[p * step_.size + i]);
+            narrow(from + p * step_.size, step_.size, step_.real, static_cast<char*>(cache) + (p * layer.room + step_.past) * step_.size * wide);
     }
 
     void attend(const Layer& layer, const float* q, float* to) const {
@@ -167,8 +209,9 @@ class Stepper {
 
     const Step& step_;
     const Kernels& kernels_;
-    Floats turned_;
-    std::vector<uint16_t> inputs_, outputs_;
+    Between between_[3];  // of linears that are multiplied together
+    std::vector<Product> products_;
+    Floats gains_;
 };
 
 }  // namespace

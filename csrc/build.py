@@ -22,8 +22,9 @@ NAME = "libvoroq_cpu.so"
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-fno-math-errno", "-fno-signed-zeros", "-ffp-contract=fast"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-SETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
-X86 = ("x86_64", "AMD64")
+X86 = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+SETS = {"x86_64": X86, "AMD64": X86, "aarch64": {"neon": []}, "arm64": {"neon": []}}
+"""Flags of the instruction sets of a machine, beside the portable one; each has its file, isa_NAME.cpp."""
 
 
 class CpuKernels(BuildHookInterface):
@@ -45,9 +46,7 @@ def build(sources: Path, target: Path) -> None:
     compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), None)
     if sys.platform == "win32" or compiler is None:
         raise RuntimeError("no C++ compiler was found; install g++ or clang++ and install again")
-    own = {path: SETS.get(path.stem.removeprefix("isa_"), []) for path in sorted(sources.glob("*.cpp"))}
-    if platform.machine() not in X86:
-        own = {path: flags for path, flags in own.items() if not flags}
+    own = units(sources, platform.machine())
     with TemporaryDirectory() as folder:
         objects = {path: Path(folder) / f"{path.stem}.o" for path in own}
         commands = [[compiler, *FLAGS, *own[path], "-c", path, "-o", into] for path, into in objects.items()]
@@ -58,6 +57,13 @@ def build(sources: Path, target: Path) -> None:
         staged = target.with_suffix(".tmp")
         shutil.copy(built, staged)
         staged.replace(target)
+
+
+def units(sources: Path, machine: str) -> dict[Path, list[str]]:
+    """The files that are compiled for `machine`, and the flags of its instruction sets for those that need them."""
+    sets = {**SETS.get(machine, {}), "portable": []}
+    names = {path: path.stem.removeprefix("isa_") for path in sorted(sources.glob("*.cpp"))}
+    return {path: sets.get(name, []) for path, name in names.items() if name == path.stem or name in sets}
 
 
 def _run(command: list[str | Path]) -> None:

@@ -36,6 +36,8 @@ std::vector<Isa> found() {
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
         list.push_back({"avx2", &avx2});
+#elif defined(__aarch64__)
+    list.push_back({"neon", &neon});
 #endif
     list.push_back({"portable", &portable});
     return list;

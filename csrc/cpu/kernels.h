@@ -106,6 +106,8 @@ extern const Kernels portable;
 #if defined(__x86_64__)
 extern const Kernels avx2, avx512;
 Kernels avx512bf16();  // avx512's, with products in bfloat16 instead where these are exact
+#elif defined(__aarch64__)
+extern const Kernels neon;
 #endif
 
 }  // namespace voroq

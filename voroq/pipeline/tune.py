@@ -80,17 +80,16 @@ def tune(
 ) -> Tuned:
     """Tune `student`, whose quantized linears are `Trainable`s, towards `original`, and say what became of its parameters.
 
-    Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned, and the head where it has a rate. `blocks`
-    are the names of the models' blocks in order, whose outputs guide where `tuning` says so. `state` is the file the progress is
-    saved to and continued from. Raises VoroqError where the loss stops being finite.
+    Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned, and head and embedding where they have a
+    rate. `blocks` are the names of the models' blocks in order, whose outputs guide where `tuning` says so. `state` is the file the
+    progress is saved to and continued from. Raises VoroqError where the loss stops being finite.
     """
     device = next(original.parameters()).device
     student.requires_grad_(False)
     sites = _trainables(student)
     own = tuple(f"{name}.stored." for name in sites)
-    plain = {name: p for name, p in student.named_parameters() if p.dim() == 1 and name in free and not name.startswith(own)}
-    if tuning.head_rate:
-        plain |= _head(student, free)
+    norms = {name: p for name, p in student.named_parameters() if p.dim() == 1 and name in free and not name.startswith(own)}
+    plain = {name: (p, tuning.norm_rate) for name, p in norms.items()} | _ends(student, free, tuning)
 
     def loss(rows: Int[Tensor, "w"]) -> Tensor:
         tokens = windows[rows].to(device)
@@ -117,7 +116,7 @@ def tune(
         checkpoint=lambda loop: _save(loop, state),
         progress=lambda step, loss: progress.stage(f"tuning, step {step} of {tuning.steps}, loss {loss:.4f}"),
     )
-    return Tuned(loop.quantized(), {name: p.detach() for name, p in plain.items()}, loop.first, loop.best, loop.step)
+    return Tuned(loop.quantized(), {name: p.detach() for name, (p, _) in plain.items()}, loop.first, loop.best, loop.step)
 
 
 def tune_block(
@@ -165,15 +164,17 @@ def student_of(original: nn.Module, sites: Mapping[str, Quantized], whole: Calla
     return student
 
 
-def _head(student: nn.Module, free: frozenset[str]) -> dict[str, nn.Parameter]:
-    """The matrix of the head, if it is among `free` and nothing else is made of it; a copy, since students share what does not train."""
-    head = student.get_output_embeddings()
-    if student.get_input_embeddings().weight is head.weight:
+def _ends(student: nn.Module, free: frozenset[str], tuning: Tuning) -> dict[str, tuple[nn.Parameter, float]]:
+    """The matrices of the head and of the embedding with their rates, those that have one and are `free`, unless they are the same matrix;
+    copies, since students share what does not train."""
+    head, embedding = student.get_output_embeddings().weight, student.get_input_embeddings().weight
+    if head is embedding:
         return {}
-    named = {name: p for name, p in student.named_parameters() if p is head.weight and name in free}
-    for p in named.values():
+    rates = [(head, tuning.head_rate), (embedding, tuning.embedding_rate)]
+    found = {name: (p, rate) for name, p in student.named_parameters() for end, rate in rates if p is end and rate and name in free}
+    for p, _ in found.values():
         p.data = p.data.clone()
-    return named
+    return found
 
 
 def _trainables(student: nn.Module) -> dict[str, Trainable]:

@@ -65,7 +65,8 @@ def test_steps_lower_the_divergence_and_leave_the_codes(method, source, tmp_path
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_head_is_tuned_where_it_is_a_matrix_of_its_own(tied, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("rate", "matrix"), [("head_rate", "lm_head.weight"), ("embedding_rate", "model.embed_tokens.weight")])
+def test_ends_are_tuned_where_they_are_matrices_of_their_own(rate, matrix, tied, tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "adopt", lambda loop: None)  # whether it paid or not
     tiny_source(tmp_path / "in")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
@@ -73,11 +74,11 @@ def test_the_head_is_tuned_where_it_is_a_matrix_of_its_own(tied, tmp_path, monke
     model.tie_weights()
     model.save_pretrained(tmp_path / "in")
     quick_run(tmp_path / "in", tmp_path / "plain", QUICK["vptq"])
-    quick_run(tmp_path / "in", tmp_path / "tuned", QUICK["vptq"], tuning=replace(SOME, head_rate=0.01))
+    quick_run(tmp_path / "in", tmp_path / "tuned", QUICK["vptq"], tuning=replace(SOME, **{rate: 0.01}))
     before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert ("lm_head.weight" in changed) == (not tied) and "model.embed_tokens.weight" not in changed
-    assert changed and before["model.embed_tokens.weight"].dim() == 2
+    assert changed and changed & {"lm_head.weight", "model.embed_tokens.weight"} == (set() if tied else {matrix})
+    assert before["model.embed_tokens.weight"].dim() == 2
 
 
 def moved_tensors(method, steps, moves, source, folder, monkeypatch):
@@ -180,7 +181,7 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
     made = {}
     changes = {"none": {}, "steps": {"steps": 3}, "batch": {"batch": 1}, "rate": {"rate": 0.002}, "norm_rate": {"norm_rate": 0.0}}
     changes |= {"samples": {"samples": 5}, "moves": {"moves": 0.1, "move_rate": 0.6}, "move_rate": {"moves": 0.1, "move_rate": 0.9}}
-    changes |= {"guide": {"guide": 1.0}, "head_rate": {"head_rate": 0.01}}
+    changes |= {"guide": {"guide": 1.0}, "head_rate": {"head_rate": 0.01}, "embedding_rate": {"embedding_rate": 0.01}}
     for name, change in changes.items():
         tuning = replace(SOME, **change)
         quick_run(source, tmp_path / name, QUICK["vptq"], tuning=tuning)
@@ -195,7 +196,7 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
     [
         *(({"steps": -1}, "steps"), ({"samples": 1}, "samples"), ({"batch": 0}, "batch"), ({"rate": 2.0}, "rate")),
         *(({"norm_rate": -1.0}, "norm_rate"), ({"moves": 2.0}, "moves"), ({"move_rate": 2.0}, "move_rate"), ({"precision": "x"}, "preci")),
-        *(({"guide": -1.0}, "guide"), ({"head_rate": 1.5}, "head_rate")),
+        *(({"guide": -1.0}, "guide"), ({"head_rate": 1.5}, "head_rate"), ({"embedding_rate": 1.5}, "embed")),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):

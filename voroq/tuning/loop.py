@@ -45,6 +45,8 @@ class Tuning:
     """the same of norms and biases"""
     head_rate: float = 0.0
     """the same of the head, where it is a matrix of its own; 0 = it stands still"""
+    embedding_rate: float = 0.0
+    """the same of the embedding, where that is one"""
     moves: float = 0.0
     """fraction of the codes that may move at a time; 0 = codes stand still"""
     move_rate: float = 0.03
@@ -56,7 +58,7 @@ class Tuning:
 
     def __post_init__(self) -> None:
         bounds = {"steps": (0, 1_000_000), "samples": (2, 1_000_000), "batch": (1, 65536)}
-        bounds |= dict.fromkeys(("rate", "norm_rate", "head_rate", "moves", "move_rate"), (0, 1))
+        bounds |= dict.fromkeys(("rate", "norm_rate", "head_rate", "embedding_rate", "moves", "move_rate"), (0, 1))
         bounds["guide"] = (0, 1000)
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
@@ -83,7 +85,7 @@ class Loop:
     """Parameters, their Adam moments, the step, and the best parameters so far.
 
     sites    the quantized linears, whose stored parameters are tuned
-    plain    other parameters that are; matrices among them at the rate of the head
+    plain    other parameters that are, each with its rate
     loss     mean loss of some windows, given as indices; it is called with at most `at_once` of them
     windows  indices to train on, indices to choose by
     guided   the loss to train on, where it is not the one to choose by
@@ -92,7 +94,7 @@ class Loop:
     def __init__(
         self,
         sites: Mapping[str, Trainable],
-        plain: Mapping[str, nn.Parameter],
+        plain: Mapping[str, tuple[nn.Parameter, float]],
         loss: Callable[[Int[Tensor, "w"]], Tensor],
         windows: tuple[Int[Tensor, "train"], Int[Tensor, "held"]],
         tuning: Tuning,
@@ -102,14 +104,14 @@ class Loop:
         guided: Callable[[Int[Tensor, "w"]], Tensor] | None = None,
     ) -> None:
         self.guided = guided or loss
-        self.sites, self.plain, self.loss, self.tuning, self.at_once, self.seed = sites, plain, loss, tuning, at_once, seed
+        self.sites, self.loss, self.tuning, self.at_once, self.seed = sites, loss, tuning, at_once, seed
         self.train, self.held = windows
         stored = {f"{name}.stored.{key}": p for name, site in sites.items() for key, p in site.stored.items()}
-        self.parameters = dict(sorted({**stored, **plain}.items()))
+        rated = dict(sorted({**{name: (p, tuning.rate) for name, p in stored.items()}, **plain}.items()))
+        self.parameters = {name: p for name, (p, _) in rated.items()}
         groups = []
-        for name, p in self.parameters.items():
+        for p, rate in rated.values():
             p.requires_grad_(True)
-            rate = tuning.rate if name not in plain else tuning.norm_rate if p.dim() == 1 else tuning.head_rate
             groups.append({"params": [p], "base": rate * float(p.detach().square().mean().sqrt().clamp_min(1e-8))})
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.step = 0

@@ -65,12 +65,19 @@ def compiled(launch: Launch, capability: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    arguments = launch.arguments
-    signature = {name: POINTERS[value.dtype] if isinstance(value, Tensor) else "constexpr" for name, value in arguments.items()}
-    counted = {name: "i32" for name in ("batch", "rows") if name in arguments}
-    constants = {name: value for name, value in arguments.items() if signature[name] == "constexpr" and name not in counted}
-    signature |= counted
-    aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(arguments.values()) if isinstance(value, Tensor)}
+    def typed(value: Any, path: tuple[Any, ...], name: str) -> Any:
+        if isinstance(value, tuple) and not name.isupper():
+            return tuple(typed(each, (*path, i), name) for i, each in enumerate(value))
+        if isinstance(value, Tensor):
+            aligned[path] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if name in ("batch", "rows"):
+            return "i32"
+        constants[path] = value
+        return "constexpr"
+
+    aligned, constants = {}, {}
+    signature = {name: typed(value, (i,), name) for i, (name, value) in enumerate(launch.arguments.items())}
     source = ASTSource(launch.kernel, signature, constants, aligned)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 

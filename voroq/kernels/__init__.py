@@ -115,7 +115,7 @@ def _(x: Tensor, tensors: list[Tensor], key: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], described(key)[0].shape[0]))
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor | list[Tensor]) -> None:
     _, tensors, ctx.key = inputs
     ctx.save_for_backward(*tensors)
 

@@ -28,7 +28,10 @@ def bench(
     expand: Annotated[bool, typer.Option("--expand", help="Load MODEL's pyramids spelled out, as integers of 4 or 8 bits.")] = False,
     native_steps: Annotated[
         bool,
-        typer.Option("--native-steps/--torch-steps", help="On the CPU one call of the library for a token (on GPUs linears of one input together), or not."),
+        typer.Option(
+            "--native-steps/--torch-steps",
+            help="On the CPU: one call of the library for a token, or operation by operation. On GPUs: linears of one input together, or not.",
+        ),
     ] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

@@ -86,7 +86,7 @@ def generate(
         sampling |= cache_argument(model.prepare_inputs_for_generation, cache)
     start = time.perf_counter()
     cuda = [model.device.index or 0] if model.device.type == "cuda" else []
-    no_gradients = torch.no_grad() if cuda else torch.inference_mode()  # which hides whether inputs are unchanged (integrations/siblings.py)
+    no_gradients = torch.no_grad() if cuda else torch.inference_mode()  # which hides changes of inputs (integrations/siblings.py)
     with torch.random.fork_rng(devices=cuda), no_gradients:
         torch.manual_seed(seed)
         out = model.generate(

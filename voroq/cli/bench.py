@@ -30,7 +30,7 @@ def bench(
         bool,
         typer.Option(
             "--native-steps/--torch-steps",
-            help="On the CPU: one call of the library for a token, or operation by operation. On GPUs: linears of one input at once, or not.",
+            help="On the CPU: one call of the library for a token, or operation by operation. On GPUs: linears of one input at once.",
         ),
     ] = True,
     device: options.Device = "auto",

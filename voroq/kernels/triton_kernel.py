@@ -28,6 +28,8 @@ MOST = 1024
 """Rows of x multiplied at a time, so that slices stay small."""
 WORTH = 1 << 20
 """Words of a matrix from which on tables of odd vector lengths are filled up first, to be read in whole words."""
+OLDEST = (3, 8)
+"""Of Triton: the compilers before take constants that are tuples apart, and fail."""
 BLOCK = 1024
 """Columns or rows of a program that does not decode."""
 
@@ -197,9 +199,7 @@ def _device(device: torch.device) -> tuple[str, int]:
 
 
 def _runs_on(device: torch.device) -> bool:
-    if not _installed():
-        return False
-    return device.type == "cuda" or (device.type == "cpu" and interpreted())
+    return (device.type == "cuda" or (device.type == "cpu" and interpreted())) and _installed()
 
 
 def interpreted() -> bool:
@@ -209,4 +209,12 @@ def interpreted() -> bool:
 
 @cache
 def _installed() -> bool:
-    return find_spec("triton") is not None
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return recent(triton.__version__)
+
+
+def recent(version: str) -> bool:
+    return tuple(int(number) for number in version.split(".")[:2]) >= OLDEST

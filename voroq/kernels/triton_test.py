@@ -254,6 +254,10 @@ def test_the_interpreter_must_be_asked_for_twice(monkeypatch):
     assert list(KERNELS) == ["cpu", "triton", "reference"]
 
 
+def test_versions_of_triton_that_cannot_compile_the_kernels_are_left_alone():
+    assert [version for version in ("3.3.1", "3.7.0", "3.8.0", "3.10.0+gitabc", "4.0.0") if not triton_kernel.recent(version)] == ["3.3.1", "3.7.0"]
+
+
 def test_a_measured_tiling_replaces_the_rule(monkeypatch):
     form = pieces(pack(random_vptq(43, 106, 2, v=4, sizes=(16,)), torch.float16, "vptq").spec)[0].form
     assert shape_key(form, 3) == "table down4 bits4 43x106 batch4"

@@ -36,7 +36,7 @@ os.environ["VOROQ_KERNEL"] = "triton"
 
 from voroq.codebook.presets import preset  # noqa: E402
 from voroq.integrations.siblings import join  # noqa: E402
-from voroq.kernels import triton_form, triton_kernel  # noqa: E402
+from voroq.kernels import triton_form, triton_kernel, triton_plan  # noqa: E402
 from voroq.layer import QuantLinear  # noqa: E402
 from voroq.packed.base import Spec  # noqa: E402
 from voroq.packed.codebooks import GridForm, PyramidsForm  # noqa: E402
@@ -306,15 +306,17 @@ def climb(start: triton_form.Tiling, cost: Callable, until: float) -> tuple[trit
 
 def timed(layer: nn.Module, x: torch.Tensor, cut: triton_form.Tiling) -> float:
     """Infinite where the kernel does not compile or start: too few words for tensor cores, too much memory."""
-    own = triton_kernel.tiling
-    triton_kernel.tiling = lambda *_: cut
+    own = triton_plan.tiling
+    triton_plan.tiling = lambda *_: cut
+    triton_plan.plan.cache_clear()
     try:
         return microseconds(layer, x)
     except Exception as problem:  # of the compiler anything may come
         print(f"{tuple(cut)}: {type(problem).__name__}", file=sys.stderr)
         return float("inf")
     finally:
-        triton_kernel.tiling = own
+        triton_plan.tiling = own
+        triton_plan.plan.cache_clear()
 
 
 def main() -> None:

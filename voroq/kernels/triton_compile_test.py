@@ -39,7 +39,7 @@ class Launch:
 
 def launches(linears: list, x: Tensor) -> list[Launch]:
     """What products of packed `linears` with one `x` launch on a GPU of 132 multiprocessors, in order; nothing runs."""
-    from voroq.kernels import triton_kernel, triton_product, triton_tables
+    from voroq.kernels import triton_kernel, triton_plan, triton_product, triton_tables
 
     found: list[Launch] = []
 
@@ -54,8 +54,9 @@ def launches(linears: list, x: Tensor) -> list[Launch]:
     with ExitStack() as stack:
         for name, home in {"widen": triton_tables, **dict.fromkeys(("thin", "wide", "arrange", "collect"), triton_product)}.items():
             stack.enter_context(patch.object(home, name, Recorder(name, home)))
-        stack.enter_context(patch.object(triton_kernel, "WORTH", 0))
+        stack.enter_context(patch.object(triton_plan, "WORTH", 0))
         stack.enter_context(patch.object(triton_kernel, "_device", lambda device: ("none", 132)))
+        triton_plan.plan.cache_clear()
         triton_kernel.matmuls(x, linears)
     return found
 

@@ -92,29 +92,6 @@ class Tiling(NamedTuple):
     stages: int
 
 
-class Part(NamedTuple):
-    """A piece in a launch of several: programs `first` to `end` are its own, and write its slices from `slice` on.
-
-    `short`: main and second table are added in their own type.
-    """
-
-    form: Form
-    tiling: Tiling
-    slice: int
-    short: bool
-    first: int
-    end: int
-
-
-class Sum(NamedTuple):
-    """A linear of `out` rows in a launch that adds up the slices of several: programs `first` to `end` are its own."""
-
-    out: int
-    slices: int
-    first: int
-    end: int
-
-
 @lru_cache(maxsize=1024)
 def pieces(spec: Spec) -> tuple[Piece, ...] | None:
     """The pieces of `spec` in column order; None if the kernels lack something of it."""

@@ -1,6 +1,6 @@
 """y = x @ w.T on CUDA without building w, by Triton. Tables, grids and pyramids, words down the output or along the input.
 
-What a spec needs is found once and kept (`triton_form`); a call looks up its tensors by name, launches, and holds nothing: CUDA graphs can
+What specs need is found once and kept (`triton_plan`); a call looks up its tensors by name, launches, and holds nothing: CUDA graphs can
 capture it after one call outside. Launches: `arrange` if x must be reordered or scaled, one product, `collect` if there are several slices,
 for one linear as for several that read the same x (`matmuls`). All sums in float32, in a fixed order.
 
@@ -9,29 +9,24 @@ tests, and only if VOROQ_KERNEL=triton asks for it.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
-from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from voroq.kernels.triton_form import THIN, Form, Part, Piece, Sum, Tiling, batch_class, pieces, tiling
+from voroq.kernels.triton_form import THIN, Form, batch_class, pieces
+from voroq.kernels.triton_plan import BLOCK, Plan, Source, plan
 from voroq.packed.base import Packed, Spec
 from voroq.packed.native_format import NativeSpec
 
 REALS = (torch.float32, torch.float16, torch.bfloat16)
 MOST = 1024
 """Rows of x multiplied at a time, so that slices stay small."""
-WORTH = 1 << 20
-"""Words of a matrix from which on tables of odd vector lengths are filled up first, to be read in whole words."""
 OLDEST = (3, 8)
 """Of Triton: the compilers before take constants that are tuples apart, and fail."""
-BLOCK = 1024
-"""Columns or rows of a program that does not decode."""
 
 
 def supports(spec: Spec, x: Float[Tensor, "*batch in"]) -> bool:
@@ -45,115 +40,97 @@ def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*bat
 def matmuls(x: Float[Tensor, "*batch in"], linears: list[Packed]) -> list[Tensor]:
     """`matmul` with each of `linears`, bit for bit, in the launches of one."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    own = [Packed(each.spec, {name: tensor.contiguous() for name, tensor in each.tensors.items()}) for each in linears]
-    return [y.reshape(*x.shape[:-1], y.shape[1]) for y in _turned(flat, own)]
+    specs, tensors = [each.spec for each in linears], [_contiguous(each.tensors) for each in linears]
+    inside = [_inside(spec) for spec in specs]
+    if any(own is not spec for own, spec in zip(inside, specs, strict=True)):
+        found = _turned(flat, specs, inside, tensors)
+    else:
+        found = _multiply([flat] * len(specs), specs, tensors)
+    return found if x.dim() == 2 else [y.reshape(*x.shape[:-1], y.shape[1]) for y in found]
 
 
-def _turned(x: Float[Tensor, "n in"], linears: list[Packed]) -> list[Tensor]:
+def _turned(x: Float[Tensor, "n in"], specs: list[Spec], inside: list[Spec], tensors: list[dict[str, Tensor]]) -> list[Tensor]:
     """The products, with the rotations and scales of native specs around them, done by torch: first all of x, then all of y."""
-    inside, inputs, inner, found = list(linears), [], [], {}
+    inputs, inner, found = [], [], {}
 
     def enter(place: int) -> None:
-        if place == len(linears):
-            inner.extend(_multiply(inputs, inside))
+        if place == len(specs):
+            inner.extend(_multiply(inputs, inside, tensors))
             return
-        spec, tensors = linears[place].spec, linears[place].tensors
 
         def between(turned: Tensor) -> Tensor:
             inputs.append(turned.contiguous())
             enter(place + 1)
             return inner[place]
 
-        if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"}:
-            inside[place] = Packed(replace(spec, steps=()), tensors)
-            found[place] = spec.transform(tensors).linear(x.float(), between).to(x.dtype)
-        else:
+        if inside[place] is specs[place]:
             found[place] = between(x)
+        else:
+            found[place] = specs[place].transform(tensors[place]).linear(x.float(), between).to(x.dtype)
 
     enter(0)
-    return [found[place] for place in range(len(linears))]
+    return [found[place] for place in range(len(specs))]
 
 
-def _multiply(inputs: list[Tensor], linears: list[Packed]) -> list[Tensor]:
+@lru_cache(maxsize=1024)
+def _inside(spec: Spec) -> Spec:
+    """What is left of a spec within the operations of torch around the kernels: itself if there are none."""
+    return replace(spec, steps=()) if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"} else spec
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _multiply(inputs: list[Tensor], specs: list[Spec], tensors: list[dict[str, Tensor]]) -> list[Tensor]:
     """x @ w.T for every x [n in] and its linear."""
-    outputs = [torch.empty(x.shape[0], each.spec.shape[0], dtype=x.dtype, device=x.device) for x, each in zip(inputs, linears, strict=True)]
+    n, device = inputs[0].shape[0], inputs[0].device
+    outputs = [torch.empty(n, spec.shape[0], dtype=x.dtype, device=device) for x, spec in zip(inputs, specs, strict=True)]
+    known = tuple(specs), tuple(x.dtype for x in inputs)
     with torch.cuda.device_of(inputs[0]):  # where Triton launches
-        for first in range(0, inputs[0].shape[0], MOST):
-            part = slice(first, first + MOST)
-            _part([Member(each, x[part], y[part]) for x, y, each in zip(inputs, outputs, linears, strict=True)])
+        for first in range(0, n, MOST):
+            own = slice(first, first + MOST)
+            found = plan(*known, batch_class(min(MOST, n - first)), *_device(device))
+            _part([x[own] for x in inputs], [y[own] for y in outputs], tensors, found)
     return outputs
 
 
-class Member:
-    """A linear, `x`, and `y`, where their product goes: what must be known of it before, between and behind the kernels' launches."""
-
-    def __init__(self, packed: Packed, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
-        self.tensors, self.x, self.y, thin = packed.tensors, x, y, x.shape[0] <= THIN
-        self.perm, scale, shift, by_row = _basis(packed.spec, packed.tensors)
-        self.of_columns, self.of_rows = ((None, None), (scale, shift)) if by_row else ((scale, shift), (None, None))
-        self.dots = _floats(x, x.shape[0], -(-x.shape[1] // BLOCK)) if by_row or (thin and shift is not None) else None
-        self.scaling = self.of_columns if thin else (None, None)
-        moved = self.perm is not None or self.scaling[0] is not None
-        self.ordered = torch.empty(x.shape, dtype=torch.float32 if thin else x.dtype, device=x.device) if moved else x
-        self.pieces = [(piece, _tiling(piece, x)) for piece in pieces(packed.spec)]
-        self.slices = sum(cut.splits for _, cut in self.pieces)
-        self.alone = self.slices == 1 and self.dots is None
-        self.into = y if self.alone else _floats(x, self.slices, *y.shape)
-
-    def arranging(self) -> tuple[Tensor | None, ...]:
-        return self.x, None if self.ordered is self.x else self.ordered, self.dots, self.perm, *self.scaling
-
-    def parts(self) -> Iterator[tuple[tuple[Tensor | None, ...], Part]]:
-        """Every piece: its tensors, and what is constant of it (from program 0)."""
-        first = 0
-        for piece, cut in self.pieces:
-            form, (codes, main, second, *rest) = piece.form, (self.tensors[name] if name else None for name in piece.names)
-            short = second is not None and self.x.dtype == main.dtype == torch.float16  # one rounding, as that to the type of x would be
-            if _worth_widening(form):
-                main, second, form = _wide(main, form), _wide(second, form), form.widened()
-            tensors = self.ordered, self.into, codes, main, second, *rest, _book(piece, self.x.device)
-            yield tensors, Part(form, cut, first, short, 0, -(-form.down // cut.rows) * cut.splits)
-            first += cut.splits
-
-
-def _part(members: list[Member]) -> None:
-    """All y written. Pieces whose tilings agree in all that a launch has only one of, share one."""
+def _part(inputs: list[Tensor], outputs: list[Tensor], tensors: list[dict[str, Tensor | None]], plan: Plan) -> None:
+    """All outputs written. A tensor that a linear has not got is None."""
     from voroq.kernels import triton_product as product  # imports triton
 
-    batch, columns = members[0].x.shape
-    moved = [each.arranging() for each in members if each.ordered is not each.x or each.dots is not None]
-    if moved:
-        product.arrange[(-(-columns // BLOCK) * len(moved), batch)](tuple(moved), batch, columns, BLOCK)
+    (batch, columns), blocks, device = inputs[0].shape, -(-inputs[0].shape[1] // BLOCK), inputs[0].device
+    thin, ordered, dots, into = batch <= THIN, [], [], []
+    for x, y, member in zip(inputs, outputs, plan.members, strict=True):
+        ordered.append(torch.empty(x.shape, dtype=torch.float32 if thin else x.dtype, device=device) if member.moved else x)
+        dots.append(torch.empty((batch, blocks), dtype=torch.float32, device=device) if member.dots else None)
+        into.append(y if member.alone else torch.empty((member.slices, *y.shape), dtype=torch.float32, device=device))
 
-    launches: dict[tuple[int, ...], list[tuple[tuple[Tensor | None, ...], Part]]] = {}
-    for each in members:
-        for tensors, part in each.parts():
-            if batch > THIN:
-                tensors = *tensors, each.perm, *each.of_columns
-            launches.setdefault((part.tiling.batch, part.tiling.warps, part.tiling.stages), []).append((tensors, part))
-    for (rows, warps, stages), found in launches.items():
-        tensors, parts, programs = tuple(t for t, _ in found), _in_turn([part for _, part in found]), sum(part.end for _, part in found)
-        known = {"num_warps": warps, "num_stages": stages}
-        if batch <= THIN:
-            product.thin[(programs,)](tensors, batch, parts, **known)
+    if plan.arranged:
+        taken = []
+        for i in plan.arranged:
+            member, get = plan.members[i], tensors[i].get
+            taken.append((inputs[i], ordered[i] if member.moved else None, dots[i], get(member.perm), *map(get, member.arranging)))
+        product.arrange[(blocks * len(taken), batch)](tuple(taken), batch, columns, BLOCK)
+
+    for launch in plan.launches:
+        taken = []
+        for source in launch.sources:
+            i, get = source.linear, tensors[source.linear].get
+            codes, main, second, *rest = map(get, source.names)
+            if source.narrow is not None:
+                main, second = _wide(main, source.narrow), _wide(second, source.narrow)
+            behind = () if thin else (get(plan.members[i].perm), *map(get, plan.members[i].columns))
+            taken.append((ordered[i], into[i], codes, main, second, *rest, _book(source, device), *behind))
+        if thin:
+            product.thin[(launch.parts[-1].end,)](tuple(taken), batch, launch.parts, **launch.options)
         else:
-            product.wide[(programs, -(-batch // rows))](tensors, batch, parts, interpreted(), **known)
+            grid = launch.parts[-1].end, -(-batch // launch.rows)
+            product.wide[grid](tuple(taken), batch, launch.parts, interpreted(), **launch.options)
 
-    rest = [each for each in members if not each.alone]
-    if rest:
-        sums = _in_turn([Sum(each.y.shape[1], each.slices, 0, -(-each.y.shape[1] // BLOCK)) for each in rest])
-        tensors = tuple((each.into, each.y, each.dots, *each.of_rows) for each in rest)
-        product.collect[(sums[-1].end, batch)](tensors, batch, sums, -(-columns // BLOCK), BLOCK)
-
-
-def _in_turn(parts: list[Part] | list[Sum]) -> tuple[Part | Sum, ...]:
-    """Numbers of programs one behind the other, where each counted from 0."""
-    ends = list(accumulate(part.end for part in parts))
-    return tuple(part._replace(first=end - part.end, end=end) for part, end in zip(parts, ends, strict=True))
-
-
-def _worth_widening(form: Form) -> bool:
-    return form.kind == "table" and form.entry != form.wide and form.down * form.along * form.groups >= WORTH
+    if plan.collected:
+        taken = tuple((into[i], outputs[i], dots[i], *map(tensors[i].get, plan.members[i].rows)) for i in plan.collected)
+        product.collect[(plan.sums[-1].end, batch)](taken, batch, plan.sums, blocks, BLOCK)
 
 
 def _wide(table: Tensor | None, form: Form) -> Tensor | None:
@@ -168,26 +145,10 @@ def _wide(table: Tensor | None, form: Form) -> Tensor | None:
     return wide
 
 
-def _basis(spec: Spec, tensors: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
-    """Permutation, scale and shift, and whether these are of rows; of native specs only the permutation, the rest is done outside."""
-    if isinstance(spec, NativeSpec):
-        return tensors["weight_perm"] if "permute" in spec.steps else None, None, None, False
-    scale, shift = (tensors[name] if spec.norm else None for name in ("weight_scale", "weight_bias"))
-    return tensors["perm"] if spec.perm else None, scale, shift, spec.norm and spec.norm_dim == 1
-
-
-def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _tiling(piece: Piece, x: Tensor) -> Tiling:
-    return tiling(piece.form, batch_class(x.shape[0]), *_device(x.device))
-
-
-def _book(piece: Piece, device: torch.device) -> Tensor | None:
+def _book(source: Source, device: torch.device) -> Tensor | None:
     from voroq.kernels.triton_pyramids import book
 
-    return book(piece.form.size, piece.pulses, device) if piece.pulses else None
+    return book(source.size, source.pulses, device) if source.pulses else None
 
 
 @cache

@@ -8,8 +8,8 @@ import torch
 
 from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
-from voroq.kernels import matmul, matmuls, pick, reference, triton_kernel
-from voroq.kernels.triton_form import Tiling
+from voroq.kernels import matmul, matmuls, pick, reference, triton_kernel, triton_plan
+from voroq.kernels.triton_form import Tiling, batch_class, pieces, tiling
 from voroq.packed.base import Packed
 from voroq.packed.conftest import random_band, random_pyramids, random_table, random_transform, random_vptq
 from voroq.packed.format import pack
@@ -26,6 +26,7 @@ KERNELS = ("arrange", "thin", "wide", "collect")
 @pytest.fixture(autouse=True)
 def asked_for(monkeypatch):
     monkeypatch.setenv("VOROQ_KERNEL", "triton")
+    triton_plan.plan.cache_clear()
 
 
 @pytest.fixture
@@ -117,7 +118,8 @@ def test_each_has_the_bits_it_has_alone(family, batch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_is_one_product(family, batch, kernel, launched):
     linears, x = FAMILIES[family](), torch.randn(batch, COLUMNS, device=DEVICE)
-    stages = {cut.stages for each in linears for piece in triton_kernel.pieces(each.spec) for cut in [triton_kernel._tiling(piece, x)]}
+    forms = [piece.form for each in linears for piece in pieces(each.spec)]
+    stages = {tiling(form, batch_class(batch), *triton_kernel._device(x.device)).stages for form in forms}
     matmuls(x, linears)
     assert launched[kernel] == len(stages) and (kernel == "wide" or len(stages) == 1)
     assert launched["arrange"] <= 1 and launched["collect"] <= 1
@@ -127,7 +129,7 @@ def test_there_is_one_product(family, batch, kernel, launched):
 def test_tilings_that_ask_for_other_launches_get_them(monkeypatch, launched):
     linears, x = FAMILIES["tables"](), torch.randn(3, COLUMNS, device=DEVICE)
     cuts = {43: Tiling(2, 16, 4, 3, 4, 1), 13: Tiling(4, 8, 4, 5, 8, 1), 7: Tiling(1, 32, 4, 1, 4, 1)}
-    monkeypatch.setattr(triton_kernel, "tiling", lambda form, *_: cuts[form.out])
+    monkeypatch.setattr(triton_plan, "tiling", lambda form, *_: cuts[form.out])
     together = matmuls(x, linears)
     assert launched["thin"] == 2 and launched["collect"] == 1
     assert all(torch.equal(y, matmul(x, each)) for each, y in zip(linears, together, strict=True))

@@ -41,21 +41,18 @@ def matmuls(x: Float[Tensor, "*batch in"], linears: list[Packed]) -> list[Tensor
     """`matmul` with each of `linears`, bit for bit, in the launches of one."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     specs, tensors = [each.spec for each in linears], [_contiguous(each.tensors) for each in linears]
-    inside = [_inside(spec) for spec in specs]
-    if any(own is not spec for own, spec in zip(inside, specs, strict=True)):
-        found = _turned(flat, specs, inside, tensors)
-    else:
-        found = _multiply([flat] * len(specs), specs, tensors)
+    turned = any(_inside(spec) for spec in specs)
+    found = _turned(flat, specs, tensors) if turned else _multiply([flat] * len(specs), specs, tensors)
     return found if x.dim() == 2 else [y.reshape(*x.shape[:-1], y.shape[1]) for y in found]
 
 
-def _turned(x: Float[Tensor, "n in"], specs: list[Spec], inside: list[Spec], tensors: list[dict[str, Tensor]]) -> list[Tensor]:
+def _turned(x: Float[Tensor, "n in"], specs: list[Spec], tensors: list[dict[str, Tensor]]) -> list[Tensor]:
     """The products, with the rotations and scales of native specs around them, done by torch: first all of x, then all of y."""
     inputs, inner, found = [], [], {}
 
     def enter(place: int) -> None:
         if place == len(specs):
-            inner.extend(_multiply(inputs, inside, tensors))
+            inner.extend(_multiply(inputs, [_inside(spec) or spec for spec in specs], tensors))
             return
 
         def between(turned: Tensor) -> Tensor:
@@ -63,19 +60,19 @@ def _turned(x: Float[Tensor, "n in"], specs: list[Spec], inside: list[Spec], ten
             enter(place + 1)
             return inner[place]
 
-        if inside[place] is specs[place]:
-            found[place] = between(x)
-        else:
+        if _inside(specs[place]):
             found[place] = specs[place].transform(tensors[place]).linear(x.float(), between).to(x.dtype)
+        else:
+            found[place] = between(x)
 
     enter(0)
     return [found[place] for place in range(len(specs))]
 
 
 @lru_cache(maxsize=1024)
-def _inside(spec: Spec) -> Spec:
-    """What is left of a spec within the operations of torch around the kernels: itself if there are none."""
-    return replace(spec, steps=()) if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"} else spec
+def _inside(spec: Spec) -> NativeSpec | None:
+    """What is left of a spec within operations of torch around the kernels; None if it has none."""
+    return replace(spec, steps=()) if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"} else None
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

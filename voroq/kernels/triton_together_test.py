@@ -150,3 +150,9 @@ def test_every_output_is_written_and_nothing_else(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     assert all(y.isfinite().all() for y in matmuls(x, linears))
     assert all(torch.equal(each.tensors[name], tensor) for each, own in zip(linears, before, strict=True) for name, tensor in own.items())
+
+
+def test_equal_specs_need_not_be_one_object():
+    linears, x = FAMILIES["all alike"](), torch.randn(1, COLUMNS, device=DEVICE)
+    assert linears[0].spec == linears[1].spec and linears[0].spec is not linears[1].spec
+    assert all(map(torch.equal, triton_kernel.matmuls(x, linears), matmuls(x, linears)))

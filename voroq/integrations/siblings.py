@@ -27,8 +27,11 @@ from voroq.layer import QuantLinear
 
 def share(model: nn.Module) -> str | None:
     """Let those linears of `model` that read the same input be multiplied together where kernels can. None, or why none are."""
-    tokens = torch.arange(3, device=model.get_input_embeddings().weight.device)[None]
-    found = siblings(model, lambda: model(input_ids=tokens, use_cache=False))
+    try:
+        tokens = torch.arange(3, device=model.get_input_embeddings().weight.device)[None]
+        found = siblings(model, lambda: model(input_ids=tokens, use_cache=False))
+    except Exception as problem:  # of a model's own code anything may come
+        return f"a trial run of three tokens failed ({type(problem).__name__}: {problem})"
     for members in found:
         join(members)
     return None if found else "no two of its linears read one input and have kernels that multiply them together"

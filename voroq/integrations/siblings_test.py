@@ -76,6 +76,7 @@ def test_why_nothing_is_shared(interpreted, monkeypatch):
     assert share(tiny("llama")) == "no two of its linears read one input and have kernels that multiply them together"
     monkeypatch.setenv("VOROQ_KERNEL", "reference")
     assert share(quantized("llama")) is not None
+    assert share(Trio()) == "a trial run of three tokens failed (AttributeError: 'Trio' object has no attribute 'get_input_embeddings')"
 
 
 def test_on_cuda_this_is_how_a_model_is_sped_up(monkeypatch):

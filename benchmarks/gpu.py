@@ -7,6 +7,7 @@ output.
 
     python benchmarks/gpu.py                       all, at most 9 minutes; writes benchmarks/results/gpu-DEVICE-DATE.json
     python benchmarks/gpu.py --tune --only k4096   tiling by tiling, the best kept in voroq/kernels/triton_configs.json
+    python benchmarks/gpu.py --together            q, k and v, gate and up: one by one and together, in a graph and from Python
 
 Without a GPU it runs tiny shapes through Triton's interpreter, to see that it runs; its times mean nothing then.
 """
@@ -34,7 +35,8 @@ if not CUDA:
 os.environ["VOROQ_KERNEL"] = "triton"
 
 from voroq.codebook.presets import preset  # noqa: E402
-from voroq.kernels import triton_form, triton_kernel  # noqa: E402
+from voroq.integrations.siblings import join  # noqa: E402
+from voroq.kernels import triton_form, triton_kernel, triton_plan  # noqa: E402
 from voroq.layer import QuantLinear  # noqa: E402
 from voroq.packed.base import Spec  # noqa: E402
 from voroq.packed.codebooks import GridForm, PyramidsForm  # noqa: E402
@@ -233,6 +235,59 @@ def tune(shapes: list[tuple[int, int]], batches: list[int], only: str, until: fl
     return rows
 
 
+class Several(nn.Module):
+    """Linears of one input, one by one or `together` as siblings in a model; copies stay what they are."""
+
+    def __init__(self, layers: list[nn.Module], together: bool) -> None:
+        super().__init__()
+        self.layers, self.together = nn.ModuleList(layers), together
+        if together:
+            join(tuple(layers))
+
+    def __deepcopy__(self, memo: dict) -> "Several":
+        return Several([copy.deepcopy(layer, memo) for layer in self.layers], self.together)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+def measure_together(groups: dict[str, tuple[list[int], int]], batches: list[int], only: str, until: float) -> list[dict]:
+    """For every group of linears (rows each, columns): dense, ours one by one, ours together."""
+    rows, dtype = [], torch.float16 if CUDA else torch.float32
+    for group, (outs, columns) in groups.items():
+        contenders = {"dense": Several([dense(out, columns, dtype).layer for out in outs], False)}
+        for name in specs(outs[0], columns):
+            if re.search(only, name):
+                layers = [QuantLinear.holding(random_packed(specs(out, columns)[name], torch.float16)).to(DEVICE) for out in outs]
+                contenders |= {name: Several(copy.deepcopy(layers), False), f"{name}, together": Several(layers, True)}
+        for batch in batches:
+            x, alone = torch.randn(batch, columns, device=DEVICE, dtype=dtype), {}
+            for name, several in contenders.items():
+                if time.perf_counter() > until:
+                    return rows
+                expected = alone.setdefault(name.removesuffix(", together"), several(x))
+                same = all(map(torch.equal, several(x), expected))
+                rows.append({"matrices": f"{group}: {'+'.join(map(str, outs))} x {columns}", "what": name, "batch": batch,
+                             "us": microseconds(several, x), "us from Python": from_python(several, x), "same bits": same})  # fmt: skip
+                print(*rows[-1].values(), file=sys.stderr, flush=True)
+    return rows
+
+
+def from_python(layer: nn.Module, x: torch.Tensor) -> float:
+    """Time of one product without a graph, one after the other: what it takes to launch is in it."""
+    times = 200 if CUDA else 1
+    for _ in range(times):
+        layer(x)
+    if CUDA:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        layer(x)
+    if CUDA:
+        torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - start) / times
+
+
 def climb(start: triton_form.Tiling, cost: Callable, until: float) -> tuple[triton_form.Tiling, float]:
     best, least, moved = start, cost(start), True
     while moved:
@@ -251,37 +306,48 @@ def climb(start: triton_form.Tiling, cost: Callable, until: float) -> tuple[trit
 
 def timed(layer: nn.Module, x: torch.Tensor, cut: triton_form.Tiling) -> float:
     """Infinite where the kernel does not compile or start: too few words for tensor cores, too much memory."""
-    own = triton_kernel.tiling
-    triton_kernel.tiling = lambda *_: cut
+    own = triton_plan.tiling
+    triton_plan.tiling = lambda *_: cut
+    triton_plan.plan.cache_clear()
     try:
         return microseconds(layer, x)
     except Exception as problem:  # of the compiler anything may come
         print(f"{tuple(cut)}: {type(problem).__name__}", file=sys.stderr)
         return float("inf")
     finally:
-        triton_kernel.tiling = own
+        triton_plan.tiling = own
+        triton_plan.plan.cache_clear()
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", default="", metavar="REGEX", help="of our settings, those whose name matches")
-    parser.add_argument("--tune", action="store_true", help="search tilings instead, and keep the best")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--tune", action="store_true", help="search tilings instead, and keep the best")
+    what.add_argument("--together", action="store_true", help="measure linears that read one input instead, one by one and together")
     args = parser.parse_args()
     name = torch.cuda.get_device_name(0) if CUDA else "interpreter"
     if args.json is None and CUDA:
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        args.json = RESULTS / f"gpu-{slug}-{datetime.date.today()}{'-tuning' if args.tune else ''}.json"
+        args.json = RESULTS / f"gpu-{slug}-{datetime.date.today()}{'-tuning' if args.tune else '-together' if args.together else ''}.json"
     shapes, batches = [(14336, 4096), (4096, 14336), (4096, 4096)], [1, 4, 16, 64, 2048]
     if args.quick:
         shapes, batches = shapes[:1], [1, 16]
     if not CUDA:
         shapes, batches = [(48, 64)], [1, 5]
-    until = time.perf_counter() + SECONDS
+    groups = {"q, k, v": ([4096, 1024, 1024], 4096), "gate, up": ([14336, 14336], 4096)} if CUDA else {"q, k, v": ([48, 24, 24], 64)}
+    until, more = time.perf_counter() + SECONDS, {}
     with torch.no_grad():
-        rows, more = (tune(shapes, batches, args.only, until), {}) if args.tune else measure(shapes, batches, args.only, until)
+        if args.tune:
+            rows = tune(shapes, batches, args.only, until)
+        elif args.together:
+            rows = measure_together(groups, [batch for batch in batches if batch <= 16], args.only, until)
+        else:
+            rows, more = measure(shapes, batches, args.only, until)
     import triton
 
-    publish(f"One matrix on {name}", rows, args, device=name, triton=triton.__version__, **more)
+    subject = "Linears of one input" if args.together else "One matrix"
+    publish(f"{subject} on {name}", rows, args, device=name, triton=triton.__version__, **more)
     for what, why in more.get("missing", {}).items():
         print(f"not measured: {what}: {why}", file=sys.stderr)
 

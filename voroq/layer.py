@@ -4,6 +4,8 @@ The parameters have exactly the names, shapes and dtypes of the spec's layout, s
 Integers cannot be trained and the tables are not (yet): nothing here requires a gradient, but gradients flow through to `x`.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,7 +32,12 @@ class Holder(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """Stands in for an `nn.Linear`. Real tensors have `dtype`; uninitialised, to be filled by a loader or `holding`."""
+    """Stands in for an `nn.Linear`. Real tensors have `dtype`; uninitialised, to be filled by a loader or `holding`.
+
+    `together`, if set, makes the product: along with those of other linears that read the same input (`integrations/siblings.py`).
+    """
+
+    together: Callable[["QuantLinear", Tensor], Tensor] | None = None
 
     def __init__(self, spec: Spec, *, bias: bool, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -69,11 +76,18 @@ class QuantLinear(nn.Module):
         """The layer's tensors with their spec, not copied."""
         return Packed(self.spec, {name: self._get(name) for name in self._names})
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+    def operands(self) -> tuple[list[Tensor], str]:
+        """Its tensors and its key, as operators take them."""
+        return [self._get(name) for name in self._names], self._key
+
+    def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """`forward` without the bias, computed here and now."""
         if self.activations is None:
-            y = linear(x, [self._get(name) for name in self._names], self._key)
-        else:
-            y = product(x, unpack(self.packed()), self.activations)
+            return linear(x, *self.operands())
+        return product(x, unpack(self.packed()), self.activations)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        y = self.product(x) if self.together is None else self.together(self, x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:

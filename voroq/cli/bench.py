@@ -10,6 +10,9 @@ from rich.text import Text
 from voroq.cli import options
 from voroq.cli.console import emit, size
 
+FASTER = {"cpu": "the library", "cuda": "torch, linears of one input together"}
+"""Who makes the steps of a model that `speed_up` took."""
+
 
 def bench(
     model: options.Model,
@@ -25,7 +28,10 @@ def bench(
     expand: Annotated[bool, typer.Option("--expand", help="Load MODEL's pyramids spelled out, as integers of 4 or 8 bits.")] = False,
     native_steps: Annotated[
         bool,
-        typer.Option("--native-steps/--torch-steps", help="On the CPU: one call of the library for a token, or operation by operation."),
+        typer.Option(
+            "--native-steps/--torch-steps",
+            help="On the CPU: one call of the library for a token, or operation by operation. On GPUs: linears of one input at once.",
+        ),
     ] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -56,7 +62,7 @@ def bench(
     opened = {name: open_model(name, **opening, **(own if name == model else {}))[0] for name in names}
     steps = {name: "torch" for name in names}
     if native_steps:
-        steps = {name: "torch, as " + why if (why := speed_up(one)) else "the library" for name, one in opened.items()}
+        steps = {name: "torch, as " + why if (why := speed_up(one)) else FASTER[one.device.type] for name, one in opened.items()}
     found = measure(opened, batches=tuple(batch or (1, 4, 16)), prompt=prompt, new=new, repeats=repeats)
     where = f"{found.device}, {found.threads} threads, copying {found.bandwidth / 1e9:.1f} GB/s"
     weights = ", ".join(f"{name} {size(count)}" for name, count in found.weights.items())

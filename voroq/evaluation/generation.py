@@ -86,7 +86,8 @@ def generate(
         sampling |= cache_argument(model.prepare_inputs_for_generation, cache)
     start = time.perf_counter()
     cuda = [model.device.index or 0] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.inference_mode():
+    no_gradients = torch.no_grad() if cuda else torch.inference_mode()  # which hides changes of inputs (integrations/siblings.py)
+    with torch.random.fork_rng(devices=cuda), no_gradients:
         torch.manual_seed(seed)
         out = model.generate(
             tokens.to(model.device),

@@ -1,11 +1,13 @@
 """Products with packed weights. `linear` takes the first entry of KERNELS that supports the spec and the input.
 
 Where gradients or graphs are recorded it is the operator `voroq::linear`, which torch.compile sees as one step; its gradient is that of
-`x`. Else the kernel is called directly. The environment variable VOROQ_KERNEL forces one by name.
+`x`. Else the kernel is called directly. The environment variable VOROQ_KERNEL forces one by name. `linears` and `voroq::linears` are the
+same for several linears that read one input.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
 
@@ -49,6 +51,20 @@ def linear(x: Float[Tensor, "*batch in"], tensors: list[Tensor], key: str) -> Fl
     return _forward(x, tensors, key)
 
 
+def matmuls(x: Float[Tensor, "*batch in"], several: list[Packed]) -> list[Tensor]:
+    """`matmul` with each of `several`, bit for bit; those of Triton share launches."""
+    keys = [key_of(packed.spec) for packed in several]
+    named = zip(several, (described(key)[1] for key in keys), strict=True)
+    return linears(x, [packed.tensors[name] for packed, names in named for name in names], "\n".join(keys))
+
+
+def linears(x: Float[Tensor, "*batch in"], tensors: list[Tensor], keys: str) -> list[Tensor]:
+    """`matmuls` for the specs of `keys`, one a line; `tensors` are those of the first, of the second, and so on."""
+    if torch.compiler.is_compiling() or x.requires_grad or type(x) is not Tensor:
+        return torch.ops.voroq.linears(x, tensors, keys)
+    return _forwards(x, tensors, keys)
+
+
 def pick(spec: Spec, x: Float[Tensor, "*batch in"]) -> str:
     """The name of the kernel that multiplies `x` with a linear of `spec`. Raises VoroqError when VOROQ_KERNEL names none that can."""
     forced = os.environ.get(VARIABLE)
@@ -67,6 +83,23 @@ def _forward(x: Tensor, tensors: list[Tensor], key: str) -> Tensor:
     return KERNELS[pick(packed.spec, x)].matmul(x, packed)
 
 
+def _forwards(x: Tensor, tensors: list[Tensor], keys: str) -> list[Tensor]:
+    each = [_packed(own, key) for own, key in _split(tensors, keys)]
+    names = [pick(packed.spec, x) for packed in each]
+    if set(names) == {"triton"}:
+        return triton_kernel.matmuls(x, each)
+    return [KERNELS[name].matmul(x, packed) for name, packed in zip(names, each, strict=True)]
+
+
+def _split(tensors: list[Tensor], keys: str) -> Iterator[tuple[list[Tensor], str]]:
+    """The tensors of every key, and the key."""
+    first = 0
+    for key in keys.split("\n"):
+        count = len(described(key)[1])
+        yield tensors[first : first + count], key
+        first += count
+
+
 def _packed(tensors: list[Tensor], key: str) -> Packed:
     spec, names = described(key)
     return Packed(spec, dict(zip(names, tensors, strict=True)))
@@ -82,7 +115,7 @@ def _(x: Tensor, tensors: list[Tensor], key: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], described(key)[0].shape[0]))
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor | list[Tensor]) -> None:
     _, tensors, ctx.key = inputs
     ctx.save_for_backward(*tensors)
 
@@ -104,3 +137,22 @@ def _transposed(y: Tensor, tensors: list[Tensor], key: str) -> Tensor:
 @_transposed.register_fake
 def _(y: Tensor, tensors: list[Tensor], key: str) -> Tensor:
     return y.new_empty((*y.shape[:-1], described(key)[0].shape[1]))
+
+
+@torch.library.custom_op("voroq::linears", mutates_args=())
+def _linears(x: Tensor, tensors: list[Tensor], keys: str) -> list[Tensor]:
+    return _forwards(x.detach(), tensors, keys)
+
+
+@_linears.register_fake
+def _(x: Tensor, tensors: list[Tensor], keys: str) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], described(key)[0].shape[0])) for key in keys.split("\n")]
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, above: list[Tensor]) -> tuple[Tensor, list[None], None]:
+    tensors = list(ctx.saved_tensors)
+    parts = [torch.ops.voroq.transposed(y, own, key) for y, (own, key) in zip(above, _split(tensors, ctx.key), strict=True)]
+    return sum(parts[1:], start=parts[0]), [None] * len(tensors), None
+
+
+_linears.register_autograd(_gradients, setup_context=_save)

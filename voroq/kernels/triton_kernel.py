@@ -1,8 +1,8 @@
 """y = x @ w.T on CUDA without building w, by Triton. Tables, grids and pyramids, words down the output or along the input.
 
-What a spec needs is found once and kept (`triton_form`); a call looks up its tensors by name, launches, and holds nothing: CUDA graphs can
-capture it after one call outside. Launches: `arrange` if x must be reordered or scaled, one for each piece, `collect` if there
-are several slices. All sums in float32, in a fixed order.
+What specs need is found once and kept (`triton_plan`); a call looks up its tensors by name, launches, and holds nothing: CUDA graphs can
+capture it after one call outside. Launches: `arrange` if x must be reordered or scaled, one product, `collect` if there are several slices,
+for one linear as for several that read the same x (`matmuls`). All sums in float32, in a fixed order.
 
 Triton is imported at the first product. With TRITON_INTERPRET=1 in the environment it interprets kernels on the CPU, very slowly: for
 tests, and only if VOROQ_KERNEL=triton asks for it.
@@ -10,24 +10,23 @@ tests, and only if VOROQ_KERNEL=triton asks for it.
 
 import os
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from voroq.kernels.triton_form import THIN, Form, Piece, Tiling, batch_class, pieces, tiling
+from voroq.kernels.triton_form import THIN, Form, batch_class, pieces
+from voroq.kernels.triton_plan import BLOCK, Plan, Source, plan
 from voroq.packed.base import Packed, Spec
 from voroq.packed.native_format import NativeSpec
 
 REALS = (torch.float32, torch.float16, torch.bfloat16)
 MOST = 1024
 """Rows of x multiplied at a time, so that slices stay small."""
-WORTH = 1 << 20
-"""Words of a matrix from which on tables of odd vector lengths are filled up first, to be read in whole words."""
-BLOCK = 1024
-"""Columns or rows of a program that does not decode."""
+OLDEST = (3, 8)
+"""Of Triton: the compilers before take constants that are tuples apart, and fail."""
 
 
 def supports(spec: Spec, x: Float[Tensor, "*batch in"]) -> bool:
@@ -35,65 +34,100 @@ def supports(spec: Spec, x: Float[Tensor, "*batch in"]) -> bool:
 
 
 def matmul(x: Float[Tensor, "*batch in"], packed: Packed) -> Float[Tensor, "*batch out"]:
-    spec, flat = packed.spec, x.reshape(-1, x.shape[-1]).contiguous()
-    tensors = {name: tensor.contiguous() for name, tensor in packed.tensors.items()}
-    if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"}:
-        inside = replace(spec, steps=())
-        y = spec.transform(tensors).linear(flat.float(), lambda inner: _multiply(inner.contiguous(), inside, tensors)).to(x.dtype)
-    else:
-        y = _multiply(flat, spec, tensors)
-    return y.reshape(*x.shape[:-1], spec.shape[0])
+    return matmuls(x, [packed])[0]
 
 
-def _multiply(x: Float[Tensor, "n in"], spec: Spec, tensors: dict[str, Tensor]) -> Float[Tensor, "n out"]:
-    y = torch.empty(x.shape[0], spec.shape[0], dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):  # where Triton launches
-        for first in range(0, x.shape[0], MOST):
-            _part(x[first : first + MOST], y[first : first + MOST], spec, tensors)
-    return y
+def matmuls(x: Float[Tensor, "*batch in"], linears: list[Packed]) -> list[Tensor]:
+    """`matmul` with each of `linears`, bit for bit, in the launches of one."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    specs, tensors = [each.spec for each in linears], [_contiguous(each.tensors) for each in linears]
+    turned = any(_inside(spec) for spec in specs)
+    found = _turned(flat, specs, tensors) if turned else _multiply([flat] * len(specs), specs, tensors)
+    return found if x.dim() == 2 else [y.reshape(*x.shape[:-1], y.shape[1]) for y in found]
 
 
-def _part(x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], spec: Spec, tensors: dict[str, Tensor]) -> None:
-    """y = x @ w.T, all of it written."""
+def _turned(x: Float[Tensor, "n in"], specs: list[Spec], tensors: list[dict[str, Tensor]]) -> list[Tensor]:
+    """The products, with the rotations and scales of native specs around them, done by torch: first all of x, then all of y."""
+    inputs, inner, found = [], [], {}
+
+    def enter(place: int) -> None:
+        if place == len(specs):
+            inner.extend(_multiply(inputs, [_inside(spec) or spec for spec in specs], tensors))
+            return
+
+        def between(turned: Tensor) -> Tensor:
+            inputs.append(turned.contiguous())
+            enter(place + 1)
+            return inner[place]
+
+        if _inside(specs[place]):
+            found[place] = specs[place].transform(tensors[place]).linear(x.float(), between).to(x.dtype)
+        else:
+            found[place] = between(x)
+
+    enter(0)
+    return [found[place] for place in range(len(specs))]
+
+
+@lru_cache(maxsize=1024)
+def _inside(spec: Spec) -> NativeSpec | None:
+    """What is left of a spec within operations of torch around the kernels; None if it has none."""
+    return replace(spec, steps=()) if isinstance(spec, NativeSpec) and set(spec.steps) - {"permute"} else None
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _multiply(inputs: list[Tensor], specs: list[Spec], tensors: list[dict[str, Tensor]]) -> list[Tensor]:
+    """x @ w.T for every x [n in] and its linear."""
+    n, device = inputs[0].shape[0], inputs[0].device
+    outputs = [torch.empty(n, spec.shape[0], dtype=x.dtype, device=device) for x, spec in zip(inputs, specs, strict=True)]
+    known = tuple(specs), tuple(x.dtype for x in inputs)
+    with torch.cuda.device_of(inputs[0]):  # where Triton launches
+        for first in range(0, n, MOST):
+            own = slice(first, first + MOST)
+            found = plan(*known, batch_class(min(MOST, n - first)), *_device(device))
+            _part([x[own] for x in inputs], [y[own] for y in outputs], tensors, found)
+    return outputs
+
+
+def _part(inputs: list[Tensor], outputs: list[Tensor], tensors: list[dict[str, Tensor | None]], plan: Plan) -> None:
+    """All outputs written. A tensor that a linear has not got is None."""
     from voroq.kernels import triton_product as product  # imports triton
 
-    batch, thin = x.shape[0], x.shape[0] <= THIN
-    perm, scale, shift, by_row = _basis(spec, tensors)
-    own = (None, None) if by_row else (scale, shift)
-    blocks = -(-x.shape[1] // BLOCK)
-    dots = _floats(x, batch, blocks) if by_row or (thin and shift is not None) else None
-    ordered = x
-    if perm is not None or (thin and own[0] is not None) or dots is not None:
-        scaled = own if thin else (None, None)
-        moved = perm is not None or scaled[0] is not None
-        ordered = torch.empty(x.shape, dtype=torch.float32 if thin else x.dtype, device=x.device) if moved else x
-        product.arrange[(blocks, batch)](x, ordered if moved else None, dots, perm, *scaled, batch, x.shape[1], BLOCK)
+    (batch, columns), blocks, device = inputs[0].shape, -(-inputs[0].shape[1] // BLOCK), inputs[0].device
+    thin, ordered, dots, into = batch <= THIN, [], [], []
+    for x, y, member in zip(inputs, outputs, plan.members, strict=True):
+        ordered.append(torch.empty(x.shape, dtype=torch.float32 if thin else x.dtype, device=device) if member.moved else x)
+        dots.append(torch.empty((batch, blocks), dtype=torch.float32, device=device) if member.dots else None)
+        into.append(y if member.alone else torch.empty((member.slices, *y.shape), dtype=torch.float32, device=device))
 
-    launches = [(piece, _tiling(piece, x)) for piece in pieces(spec)]
-    slices = sum(cut.splits for _, cut in launches)
-    alone = slices == 1 and dots is None
-    into = y if alone else _floats(x, slices, *y.shape)
-    first = 0
-    for piece, cut in launches:
-        form, (codes, main, second, *rest) = piece.form, (tensors[name] if name else None for name in piece.names)
-        if _worth_widening(form):
-            main, second, form = _wide(main, form), _wide(second, form), form.widened()
-        args = [ordered, into, codes, main, second, *rest, _book(piece, x.device)]
-        grid, known = (-(-form.down // cut.rows), cut.splits), {"num_warps": cut.warps, "num_stages": cut.stages}
+    if plan.arranged:
+        taken = []
+        for i in plan.arranged:
+            member, get = plan.members[i], tensors[i].get
+            taken.append((inputs[i], ordered[i] if member.moved else None, dots[i], get(member.perm), *map(get, member.arranging)))
+        product.arrange[(blocks * len(taken), batch)](tuple(taken), batch, columns, BLOCK)
+
+    for launch in plan.launches:
+        taken = []
+        for source in launch.sources:
+            i, get = source.linear, tensors[source.linear].get
+            codes, main, second, *rest = map(get, source.names)
+            if source.narrow is not None:
+                main, second = _wide(main, source.narrow), _wide(second, source.narrow)
+            behind = () if thin else (get(plan.members[i].perm), *map(get, plan.members[i].columns))
+            taken.append((ordered[i], into[i], codes, main, second, *rest, _book(source, device), *behind))
         if thin:
-            short = second is not None and x.dtype == main.dtype == torch.float16  # one rounding, as that to the type of x would be
-            product.thin[grid](*args, batch, form, cut, first, short, **known)
+            product.thin[(launch.parts[-1].end,)](tuple(taken), batch, launch.parts, **launch.options)
         else:
-            product.wide[(*grid, -(-batch // cut.batch))](*args, perm, *own, batch, form, cut, first, interpreted(), **known)
-        first += cut.splits
-    if not alone:
-        rows = (scale, shift) if by_row else (None, None)
-        grid = -(-y.shape[1] // BLOCK), batch
-        product.collect[grid](into, y, dots, *rows, batch, y.shape[1], slices, blocks, BLOCK)
+            grid = launch.parts[-1].end, -(-batch // launch.rows)
+            product.wide[grid](tuple(taken), batch, launch.parts, interpreted(), **launch.options)
 
-
-def _worth_widening(form: Form) -> bool:
-    return form.kind == "table" and form.entry != form.wide and form.down * form.along * form.groups >= WORTH
+    if plan.collected:
+        taken = tuple((into[i], outputs[i], dots[i], *map(tensors[i].get, plan.members[i].rows)) for i in plan.collected)
+        product.collect[(plan.sums[-1].end, batch)](taken, batch, plan.sums, blocks, BLOCK)
 
 
 def _wide(table: Tensor | None, form: Form) -> Tensor | None:
@@ -108,26 +142,10 @@ def _wide(table: Tensor | None, form: Form) -> Tensor | None:
     return wide
 
 
-def _basis(spec: Spec, tensors: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
-    """Permutation, scale and shift, and whether these are of rows; of native specs only the permutation, the rest is done outside."""
-    if isinstance(spec, NativeSpec):
-        return tensors["weight_perm"] if "permute" in spec.steps else None, None, None, False
-    scale, shift = (tensors[name] if spec.norm else None for name in ("weight_scale", "weight_bias"))
-    return tensors["perm"] if spec.perm else None, scale, shift, spec.norm and spec.norm_dim == 1
-
-
-def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _tiling(piece: Piece, x: Tensor) -> Tiling:
-    return tiling(piece.form, batch_class(x.shape[0]), *_device(x.device))
-
-
-def _book(piece: Piece, device: torch.device) -> Tensor | None:
+def _book(source: Source, device: torch.device) -> Tensor | None:
     from voroq.kernels.triton_pyramids import book
 
-    return book(piece.form.size, piece.pulses, device) if piece.pulses else None
+    return book(source.size, source.pulses, device) if source.pulses else None
 
 
 @cache
@@ -139,9 +157,7 @@ def _device(device: torch.device) -> tuple[str, int]:
 
 
 def _runs_on(device: torch.device) -> bool:
-    if not _installed():
-        return False
-    return device.type == "cuda" or (device.type == "cpu" and interpreted())
+    return (device.type == "cuda" or (device.type == "cpu" and interpreted())) and _installed()
 
 
 def interpreted() -> bool:
@@ -151,4 +167,12 @@ def interpreted() -> bool:
 
 @cache
 def _installed() -> bool:
-    return find_spec("triton") is not None
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return recent(triton.__version__)
+
+
+def recent(version: str) -> bool:
+    return tuple(int(number) for number in version.split(".")[:2]) >= OLDEST

@@ -8,6 +8,9 @@
 A program of `thin` or `wide` owns T.rows rows of words and walks over tiles of T.along words; when there are few rows the walk is split,
 and every split writes a slice of its own: no atomics, so equal input gives equal output. F is a `Form`, which says where what lies, T a
 `Tiling`; both are constants of the compiled kernel.
+
+Every kernel takes tuples of tensors, one for each linear or piece, all multiplied with as many rows of x: linears that read the same input
+share its launches. A program belongs to one of them, by its number; what it does is what it would do in a launch for that one alone.
 """
 
 from typing import no_type_check
@@ -23,11 +26,38 @@ from voroq.kernels.triton_tables import table_words
 
 @triton.jit
 @no_type_check
-def thin(x, y, codes, main, second, scales, zeros, book, batch, F: tl.constexpr, T: tl.constexpr, SLICE: tl.constexpr,
-         SHORT: tl.constexpr):  # fmt: skip
-    """y[SLICE + split] = x @ w.T for this piece; x [batch columns] and y [slices batch out] are of any real type."""
-    m = tl.program_id(0) * T.rows + tl.arange(0, T.rows)
-    split, n = tl.program_id(1), tl.arange(0, T.batch)
+def thin(pieces, batch, PARTS: tl.constexpr):
+    """y[slice + split] = x @ w.T for every piece; x [batch columns] and y [slices batch out] are of any real type."""
+    program = tl.program_id(0)
+    for i in tl.static_range(len(PARTS)):
+        if len(PARTS) == 1 or (program >= PARTS[i].first) & (program < PARTS[i].end):
+            x, y, codes, main, second, scales, zeros, book = pieces[i]
+            _thin(program - PARTS[i].first, x, y, codes, main, second, scales, zeros, book, batch, PARTS[i].form, PARTS[i].tiling,
+                  PARTS[i].slice, PARTS[i].short)  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def wide(pieces, batch, PARTS: tl.constexpr, WIDEN: tl.constexpr):
+    """As `thin`; x is in stored order but not scaled: w is, by the scales and shifts of its original columns, before it is rounded.
+
+    WIDEN: to multiply in float32 what was rounded. The interpreter needs it: it takes bfloat16 for the integers it keeps them in.
+    """
+    program = tl.program_id(0)
+    for i in tl.static_range(len(PARTS)):
+        if len(PARTS) == 1 or (program >= PARTS[i].first) & (program < PARTS[i].end):
+            x, y, codes, main, second, scales, zeros, book, perm, col_scale, col_shift = pieces[i]
+            _wide(program - PARTS[i].first, x, y, codes, main, second, scales, zeros, book, perm, col_scale, col_shift, batch,
+                  PARTS[i].form, PARTS[i].tiling, PARTS[i].slice, WIDEN)  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _thin(place, x, y, codes, main, second, scales, zeros, book, batch, F: tl.constexpr, T: tl.constexpr, SLICE: tl.constexpr,
+          SHORT: tl.constexpr):  # fmt: skip
+    across: tl.constexpr = (F.down + T.rows - 1) // T.rows
+    m = place % across * T.rows + tl.arange(0, T.rows)
+    split, n = place // across, tl.arange(0, T.batch)
     each: tl.constexpr = (F.along + T.along - 1) // T.along
     share: tl.constexpr = (F.groups * each + T.splits - 1) // T.splits
     x_row = x + n.to(tl.int64)[:, None, None] * F.columns
@@ -51,14 +81,11 @@ def thin(x, y, codes, main, second, scales, zeros, book, batch, F: tl.constexpr,
 
 @triton.jit
 @no_type_check
-def wide(x, y, codes, main, second, scales, zeros, book, perm, col_scale, col_shift, batch, F: tl.constexpr, T: tl.constexpr,
-         SLICE: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
-    """As `thin`; x is in stored order but not scaled: w is, by the scales and shifts of its original columns, before it is rounded.
-
-    WIDEN: to multiply in float32 what was rounded. The interpreter needs it: it takes bfloat16 for the integers it keeps them in.
-    """
-    m = tl.program_id(0) * T.rows + tl.arange(0, T.rows)
-    split, n = tl.program_id(1), tl.program_id(2) * T.batch + tl.arange(0, T.batch)
+def _wide(place, x, y, codes, main, second, scales, zeros, book, perm, col_scale, col_shift, batch, F: tl.constexpr, T: tl.constexpr,
+          SLICE: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+    across: tl.constexpr = (F.down + T.rows - 1) // T.rows
+    m = place % across * T.rows + tl.arange(0, T.rows)
+    split, n = place // across, tl.program_id(1) * T.batch + tl.arange(0, T.batch)
     each: tl.constexpr = (F.along + T.along - 1) // T.along
     share: tl.constexpr = (F.groups * each + T.splits - 1) // T.splits
     DEEP: tl.constexpr = T.along if F.is_down else T.along * F.wide
@@ -89,9 +116,20 @@ def wide(x, y, codes, main, second, scales, zeros, book, perm, col_scale, col_sh
 
 @triton.jit
 @no_type_check
-def arrange(x, ordered, dots, perm, scale, shift, batch, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def arrange(linears, batch, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """ordered[b, p] = x[b, perm[p]] * scale[perm[p]]; dots[b, block] = sum of x * shift, or of x without one, over a block of p."""
-    b, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    block = tl.program_id(0)
+    for i in tl.static_range(len(linears)):
+        if len(linears) == 1 or block // blocks == i:
+            x, ordered, dots, perm, scale, shift = linears[i]
+            _arrange(block - i * blocks, x, ordered, dots, perm, scale, shift, COLUMNS, BLOCK, blocks)
+
+
+@triton.jit
+@no_type_check
+def _arrange(block, x, ordered, dots, perm, scale, shift, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    b = tl.program_id(1).to(tl.int64)
     p = block * BLOCK + tl.arange(0, BLOCK)
     inside = p < COLUMNS
     o = p
@@ -102,7 +140,7 @@ def arrange(x, ordered, dots, perm, scale, shift, batch, COLUMNS: tl.constexpr, 
         part = value
         if shift is not None:
             part *= tl.load(shift + o, mask=inside, other=0).to(tl.float32)
-        tl.store(dots + b * tl.num_programs(0) + block, tl.sum(part, axis=0))
+        tl.store(dots + b * BLOCKS + block, tl.sum(part, axis=0))
     if scale is not None:
         value *= tl.load(scale + o, mask=inside, other=0).to(tl.float32)
     if ordered is not None:
@@ -111,11 +149,21 @@ def arrange(x, ordered, dots, perm, scale, shift, batch, COLUMNS: tl.constexpr, 
 
 @triton.jit
 @no_type_check
-def collect(slices, y, dots, row_scale, row_shift, batch, OUT: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
-            BLOCK: tl.constexpr):  # fmt: skip
+def collect(linears, batch, SUMS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """y[b] = sum of slices[:, b] + sum of dots[b]; or, with scales of rows, sum of slices[:, b] * scale + sum of dots[b] * shift."""
+    block = tl.program_id(0)
+    for i in tl.static_range(len(SUMS)):
+        if len(SUMS) == 1 or (block >= SUMS[i].first) & (block < SUMS[i].end):
+            slices, y, dots, row_scale, row_shift = linears[i]
+            _collect(block - SUMS[i].first, slices, y, dots, row_scale, row_shift, batch, SUMS[i].out, SUMS[i].slices, BLOCKS, BLOCK)
+
+
+@triton.jit
+@no_type_check
+def _collect(block, slices, y, dots, row_scale, row_shift, batch, OUT: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
+             BLOCK: tl.constexpr):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = block * BLOCK + tl.arange(0, BLOCK)
     ok = row < OUT
     total = tl.zeros([BLOCK], tl.float32)
     for s in range(SLICES):

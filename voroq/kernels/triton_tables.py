@@ -17,7 +17,7 @@ def table_words(code, main, second, BITS: tl.constexpr, BITS2: tl.constexpr, SIZ
                 SHORT: tl.constexpr):  # fmt: skip
     """Float32 words [p q WIDE] of codes [p q]; WIDE is the power of two from SIZE on, entries past SIZE are 0.
 
-    A word of the table has ENTRY numbers, SIZE or, already filled up, WIDE. SHORT: main and residual are added in their own type.
+    A word of the table has ENTRY numbers, SIZE or, already filled up, WIDE. SHORT: both are added as they are, if in float16.
     """
     j = tl.arange(0, WIDE)[None, None, :]
     at = (code & ((1 << BITS) - 1)).to(tl.int32)[:, :, None] * ENTRY + j
@@ -25,7 +25,10 @@ def table_words(code, main, second, BITS: tl.constexpr, BITS2: tl.constexpr, SIZ
     if BITS2 > 0:
         at = ((code >> BITS) & ((1 << BITS2) - 1)).to(tl.int32)[:, :, None] * ENTRY + j
         residual = _entries(second, at, j, SIZE, ENTRY, WIDE)
-        found = found + residual if SHORT else found.to(tl.float32) + residual.to(tl.float32)
+        if SHORT and found.dtype == tl.float16:
+            found += residual
+        else:
+            found = found.to(tl.float32) + residual.to(tl.float32)
     return found.to(tl.float32)
 
 

@@ -12,7 +12,7 @@ from voroq.codebook.gain_shape import GainShape
 from voroq.codebook.grid import Grid
 from voroq.codebook.presets import preset
 from voroq.codebook.pyramid import Pyramids
-from voroq.kernels import KERNELS, matmul, pick, reference, triton_form, triton_kernel
+from voroq.kernels import KERNELS, matmul, pick, reference, triton_form, triton_kernel, triton_plan
 from voroq.kernels.triton_form import Tiling, pieces, shape_key, tiling
 from voroq.layer import QuantLinear
 from voroq.numerics.bits import split_streams
@@ -41,6 +41,7 @@ BATCHES = (1, 3, 7)
 @pytest.fixture(autouse=True)
 def asked_for_and_poisoned(monkeypatch):
     monkeypatch.setenv("VOROQ_KERNEL", "triton")
+    triton_plan.plan.cache_clear()
     empty = torch.empty
 
     def poisoned(*shape, **known) -> torch.Tensor:
@@ -173,7 +174,8 @@ def test_any_tiling_computes_the_same(monkeypatch):
         x = rows(batch, 92)
         expected = x.double() @ reference.weight(packed, torch.float64).T
         for cut in cuts:
-            monkeypatch.setattr(triton_kernel, "tiling", lambda *_, cut=cut: Tiling(*cut, 4, 2))
+            monkeypatch.setattr(triton_plan, "tiling", lambda *_, cut=cut: Tiling(*cut, 4, 2))
+            triton_plan.plan.cache_clear()
             y = matmul(x, packed)
             assert (y - expected).abs().max() < 1e-5 * expected.abs().max(), cut
             assert torch.equal(y, matmul(x, packed))
@@ -188,9 +190,9 @@ def test_tables_of_odd_vectors_are_filled_up_where_that_is_worth_it(monkeypatch)
     packed.append(pack(Quantized((19, 42), random_transform(42, (), rng), (band,), (codes,)), torch.float16, "voroq"))
     for each, batch in product(map(moved, packed), (1, 5)):
         x = rows(batch, each.spec.shape[1])
-        monkeypatch.setattr(triton_kernel, "WORTH", 1 << 20)
         expected = matmul(x, each)
-        monkeypatch.setattr(triton_kernel, "WORTH", 0)
+        monkeypatch.setattr(triton_plan, "WORTH", 0)
+        triton_plan.plan.cache_clear()
         assert torch.equal(matmul(x, each), expected), each.spec
 
 
@@ -252,6 +254,11 @@ def test_the_interpreter_must_be_asked_for_twice(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert not triton_kernel.supports(spec, torch.zeros(1, 106))
     assert list(KERNELS) == ["cpu", "triton", "reference"]
+
+
+def test_versions_of_triton_that_cannot_compile_the_kernels_are_left_alone():
+    known = {"3.3.1": False, "3.7.0": False, "3.8.0": True, "3.10.0+git1a2b": True, "4.0.0": True}
+    assert {version: triton_kernel.recent(version) for version in known} == known
 
 
 def test_a_measured_tiling_replaces_the_rule(monkeypatch):

@@ -180,7 +180,8 @@ def peers(shapes: tuple[tuple[int, int], ...], repeats: int, cpu_time: bool) -> 
     command = [PEERS, Path(__file__).with_name("peers_cpu.py"), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | held)
     if done.returncode:
-        return [row("peers", 0, "all", None, None, None, done.stderr.strip().splitlines()[-1])]
+        why = f"killed by signal {-done.returncode}" if done.returncode < 0 else done.stderr.strip().splitlines()[-1]
+        return [row("peers", 0, "all", None, None, None, why)]
     return [row(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
 
 

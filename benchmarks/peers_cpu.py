@@ -124,7 +124,7 @@ def models(job):
     rows = []
     for name, bits, *times in found:
         for kind, took, base in zip(("prefill", "decode"), times, dense, strict=True):
-            note = f"{1 / took:.0f} tokens/s; ratio to its own BF16"
+            note = f"{1 / took:.0f} tokens/s; ratio to its own BF16" if took else "llama.cpp crashes on this machine"
             rows.append(row(f"{job['what']}, {kind}, ms a token", 1, f"llama.cpp {name}", bits, took, base, note))
     return rows
 

@@ -83,9 +83,11 @@ def made(kind: str, linear: str = "dense", dtype: torch.dtype = torch.float32) -
         model = MODELS[kind]().to(dtype).eval()
         for name, parameter in model.named_parameters():
             nn.init.normal_(parameter, mean=float("norm" in name), std=0.3 if parameter.dim() == 1 else 2 * parameter.shape[-1] ** -0.5)
-    for i, (path, module) in enumerate(list(model.named_modules())):
-        if linear != "dense" and isinstance(module, nn.Linear) and ".layers." in path:
-            packed = pack(LINEARS[linear](*module.weight.shape, i), torch.float32, "vptq" if linear == "vptq" else "voroq")
+    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in path]
+    for i, (path, module) in enumerate(linears):
+        own = list(LINEARS)[i % len(LINEARS)] if linear == "of all kinds" else linear
+        if own != "dense":
+            packed = pack(LINEARS[own](*module.weight.shape, i), torch.float32, "vptq" if own == "vptq" else "voroq")
             model.set_submodule(path, QuantLinear.holding(packed, module.bias))
     return model
 
@@ -120,7 +122,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-PAIRS = [*((kind, "dense") for kind in MODELS), *(("llama", linear) for linear in LINEARS if linear != "dense"), ("qwen2", "vptq")]
+PAIRS = [*((kind, "dense") for kind in MODELS), *(("llama", linear) for linear in LINEARS if linear != "dense")]
+PAIRS += [("qwen2", "vptq"), ("llama", "of all kinds"), ("llama, tied, biased", "of all kinds")]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -287,6 +290,12 @@ def with_other_rope() -> nn.Module:
     return model
 
 
+def with_packed_head() -> nn.Module:
+    model = made("llama")
+    model.set_output_embeddings(made("llama", "vptq").model.layers[0].mlp.up_proj)
+    return model
+
+
 STRANGE = {
     "no layers": lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)),
     "parts that Llama's have not": with_part,
@@ -294,6 +303,8 @@ STRANGE = {
     "than its parts suggest": with_other_sum,
     "rotary embedding": with_other_rope,
     "no multiple of 16": lambda: LlamaForCausalLM(LlamaConfig(**{**SIZES, "head_dim": 8})),
+    "its head is no plain linear": with_packed_head,
+    "next to no vocabulary": lambda: LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 8})),
     "is of another kind": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES)),
     "see all tokens": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
 }

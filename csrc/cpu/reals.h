@@ -25,11 +25,11 @@ inline uint16_t to_half(float value) {  // to nearest, ties to even
     return sign | uint16_t((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13);
 }
 
-inline uint16_t to_brain(float value) {
+inline uint16_t to_brain(float value) {  // in a form that compilers make vectors of
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded);
 }
 
 inline void put_real(void* to, int32_t real, int64_t i, float value) {
@@ -37,17 +37,12 @@ inline void put_real(void* to, int32_t real, int64_t i, float value) {
     else static_cast<uint16_t*>(to)[i] = real == F16 ? to_half(value) : to_brain(value);
 }
 
-// `count` of them; of bfloat16 in a form that compilers make vectors of.
+// `count` of them.
 inline void narrow(const float* from, int64_t count, int32_t real, void* to) {
     auto* halfwords = static_cast<uint16_t*>(to);
     if (real == F32) std::memcpy(to, from, size_t(count) * 4);
     for (int64_t i = 0; i < count && real == F16; ++i) halfwords[i] = to_half(from[i]);
-    for (int64_t i = 0; i < count && real == BF16; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, from + i, 4);
-        const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-        halfwords[i] = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded);
-    }
+    for (int64_t i = 0; i < count && real == BF16; ++i) halfwords[i] = to_brain(from[i]);
 }
 
 }  // namespace voroq

@@ -27,9 +27,13 @@ def is_one_sided(method: Method) -> bool:
     return isinstance(method, GPTQ | RTN) or (isinstance(method, PVQ) and not method.two_sided)
 
 
-def spans_rows(method: Method | None) -> bool:
-    """Whether the vectors of `method` are known to lie down the output, several rows in each."""
-    return (isinstance(method, VPTQ) and method.vector_length > 1) or (isinstance(method, PVQ) and method.along == "output")
+def tile_height(method: Method | None) -> int | None:
+    """Rows that a vector of `method` spans, 1 where it lies along the input or is not known; None without a method."""
+    if isinstance(method, VPTQ):
+        return method.vector_length
+    if isinstance(method, PVQ) and method.along == "output":
+        return method.dim
+    return 1 if method else None
 
 
 def is_guided(method: Method) -> bool:
@@ -44,4 +48,4 @@ def is_slow_two_sided(method: Method, devices: Sequence[torch.device]) -> bool:
     return isinstance(method, PVQ) and method.two_sided and not quick
 
 
-__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_guided", "is_one_sided", "is_slow_two_sided", "probing", "spans_rows"]
+__all__ = ["GPTQ", "METHODS", "PVQ", "RTN", "VPTQ", "Method", "is_guided", "is_one_sided", "is_slow_two_sided", "probing", "tile_height"]

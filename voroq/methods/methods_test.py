@@ -11,7 +11,8 @@ from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ, Method
 from voroq.methods.vptq import absorb, column_order, column_statistics
 from voroq.moments import Moments, observe
 from voroq.numerics.linalg import damped, proxy_loss, relative_proxy_loss
-from voroq.quantized import Quantized
+from voroq.quantized import Band, Quantized, Tile
+from voroq.rounding.metric import Metric
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
@@ -120,6 +121,21 @@ def test_outliers_are_the_columns_that_cost_most_and_lead_the_order():
     assert torch.equal(column_order(w, h, 0), torch.argsort(h.diagonal(), descending=True))
     q = replace(BASE["vptq"], outlier_percent=6.0)(w, moments, rng())
     assert q.bands[0].stop == 4 and torch.equal(q.transform.steps[-1].perm, order)
+
+
+def test_tables_know_the_places_that_count_more():
+    """Rows of equal size, every second of which counts 16 times as much: their places in the tiles get more of the bits."""
+    w = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([16.0, 1.0]).repeat(32)
+    known = Metric(torch.eye(48), counts.diag())
+    vptq, tile = VPTQ(vector_length=2, table_bits=5), Tile(2, 1)
+
+    def cost(metric: Metric) -> float:
+        """Under `known`, of nearest words of a table trained under `metric`."""
+        band = Band(0, 48, tile, vptq._table(w, metric, 0, 48, tile, 5, rng()))
+        return float(known.feedback(w, [band]).loss.sum())
+
+    assert cost(known) < 0.9 * cost(Metric(torch.eye(48)))
 
 
 def test_groups_have_tables_of_their_own():

@@ -2,7 +2,8 @@
 
     1. optional column scale and shift; the Hessian follows them (the reference's does not, and pays for it)
     2. columns by falling diag(H); in front of them, a few percent with a finer table of their own, chosen by what they cost
-    3. tables by k-means weighted with diag(H), per group of columns; a second, residual table on what is left
+    3. tables by k-means weighted with diag(H), and with what each place in a vector counts on average, per group of columns; a second,
+       residual table on what is left
     4. sweep: column by column, nearest centroids (main and residual searched together), error fed forward; where the moments know
        the gradients at the outputs, also row by row, in the metric of both sides (`rounding/kronecker.py`)
     5. rounds: refit all tables to the proxy loss by least squares, sweep again (by feedback, then by coordinate descent), keep what
@@ -17,7 +18,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from voroq.codebook.base import Codebook
@@ -33,11 +34,15 @@ from voroq.packed.vptq_format import LEAST_ROW
 from voroq.quantized import Band, Quantized, Tile
 from voroq.rounding.feedback import Rounded
 from voroq.rounding.metric import Loss, Metric, guided_metric, outputs_metric
-from voroq.shapes import Matrix, Square, Vectors
+from voroq.shapes import Matrix, Square
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
 from voroq.tuning.centroids import refit
+
+PLACES = 0.25
+"""Power of what a place in a vector counts by which k-means stretches it; 0.5 would be the metric, which overstates how little the least
+places count, and is worse where they differ most."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +169,15 @@ class VPTQ:
         return bands
 
     def _table(self, w: Matrix, metric: Loss, start: int, stop: int, tile: Tile, bits: int, rng: torch.Generator) -> Table:
-        points = tile.cut(w[:, start:stop])
-        return self._trained(points, metric.importance(start, stop, tile, w.shape[0]), bits, rng)
+        return self._trained(w[:, start:stop], metric.diagonal(w.shape[0])[:, start:stop], tile, bits, rng)
 
-    def _trained(self, points: Vectors, importance: Float[Tensor, "n"], bits: int, rng: torch.Generator) -> Table:
-        return Table(kmeans(points, importance, 2**bits, rng, steps=self.kmeans_steps, restarts=self.restarts))
+    def _trained(self, w: Matrix, counts: Matrix, tile: Tile, bits: int, rng: torch.Generator) -> Table:
+        """A table for the vectors of `w`, the square of whose errors `counts`: by k-means that knows how much each vector and, on average,
+        each place in a vector counts."""
+        each = tile.cut(counts)
+        places = (each.mean(0) / each.mean().clamp_min(1e-30)).clamp_min(1e-4) ** PLACES
+        words = kmeans(tile.cut(w) * places, each.mean(1), 2**bits, rng, steps=self.kmeans_steps, restarts=self.restarts)
+        return Table(words / places)
 
     def _with_residuals(self, done: Rounded, metric: Loss, rng: torch.Generator) -> list[Band]:
         """The same bands with a residual table trained on what the first sweep left of its targets."""
@@ -178,9 +187,8 @@ class VPTQ:
             left = done.targets[:, band.start : band.stop] - band.decode(codes, done.targets.shape[0])
             book: Codebook = band.codebook
             if band.start >= outliers:
-                points = band.tile.cut(left)
-                importance = metric.importance(band.start, band.stop, band.tile, left.shape[0])
-                rest = self._trained(points, importance, self.residual_bits, rng)
+                counts = metric.diagonal(left.shape[0])[:, band.start : band.stop]
+                rest = self._trained(left, counts, band.tile, self.residual_bits, rng)
                 book = Residual((book, rest), self.beam)
             out.append(replace(band, codebook=book))
         return out

@@ -18,9 +18,9 @@ FRONTIER = 2048
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting of one site: the bits it stores and what it is expected to cost."""
+    """A setting of one site, or of several that are chosen together: the bits stored and what it is expected to cost."""
 
-    method: Method
+    methods: tuple[Method, ...]
     bits: int
     cost: float
 

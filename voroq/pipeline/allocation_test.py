@@ -15,7 +15,7 @@ def menus(seed: int, sites: int = 5, settings: int = 6) -> list[list[Choice]]:
         weights, slope = int(torch.randint(50, 200, (1,), generator=rng)), float(torch.rand(1, generator=rng).exp())
         rates = (torch.rand(settings, generator=rng) * 4 + 1).tolist()
         noise = (1 + 0.3 * torch.rand(settings, generator=rng)).tolist()
-        found.append([Choice(RTN(), int(r * weights), slope * weights * n / 4**r) for r, n in zip(rates, noise, strict=True)])
+        found.append([Choice((RTN(),), int(r * weights), slope * weights * n / 4**r) for r, n in zip(rates, noise, strict=True)])
     return found
 
 

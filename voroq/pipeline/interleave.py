@@ -1,14 +1,14 @@
 """The channels inside an MLP in an order that suits vectors of weights: large ones beside small ones in every tile.
 
-A tile has one code of fixed width. Channels differ in size by half an octave and more, in gate, up and down alike; a tile of equals
-gives its large weights no more bits than a tile of small ones gives its own, while a tile that holds one of each lets the large have
-more. So channels are dealt out by rank: aligned tiles of 2, 4, 8 ... rows hold one of each stratum, each stratum at its own place, which
-tables learn. Rows of gate and up move, columns of down follow; the function and what is stored stay the same.
+A tile has one code of fixed width. Channels differ in size by half an octave and more, in gate, up and down alike, and so does what an
+error in them costs; a tile of equals gives its large weights no more bits than a tile of small ones gives its own, while a tile that
+holds one of each lets the large have more. So channels are dealt out by rank: every tile of h rows holds one of each of h strata, each
+stratum at its own place, which tables learn. Rows of gate and up move, columns of down follow; the function and what is stored stay.
 
 Which linears those are is tried, as for rotations: a module whose output stays, with its channels in another order, has such channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,31 +16,33 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 _CLOSE = 1e-4
-LEAST = 4
-"""Strata that must be possible: the largest power of two that divides the number of channels."""
 
 
-def interleave(block: nn.Module, prefix: str, wanted: Callable[[str], bool]) -> None:
-    """Reorder, in place, the channels of every MLP in `block` all of whose linears are `wanted`, by their full names (`prefix` is the
-    block's own). What the block computes does not change but for the order of sums."""
+def interleave(block: nn.Module, prefix: str, height: Callable[[str], int | None]) -> list[tuple[str, ...]]:
+    """Reorder, in place, the channels of every MLP in `block` whose linears all have a `height`: how many rows their tiles span, None
+    for one that must stay as it is. Names are full ones (`prefix` is the block's own). What the block computes does not change but for
+    the order of sums. Returns the names of the linears whose rows moved, together for every MLP."""
+    moved = []
     for parent, module in block.named_modules():
         for inner in _inside(module):
-            names = [".".join(part for part in (prefix, parent, name) if part) for name in inner.names]
-            if all(map(wanted, names)) and inner.is_free(module):
-                inner.reorder(strata(inner.sizes()))
+            down, *ups = (".".join(part for part in (prefix, parent, name) if part) for name in inner.names)
+            heights = [height(name) for name in (down, *ups)]
+            if None not in heights and max(heights[1:]) > 1 and inner.is_free(module):
+                inner.reorder(strata(inner.sizes(), heights[1:]))
+                moved.append(tuple(ups))
+    return moved
 
 
-def strata(sizes: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """An order of channels of these sizes: every aligned run of 2^m, while that divides n, has one of each 2^m-quantile, at the place
-    whose bits are the quantile's reversed."""
-    n = sizes.shape[0]
-    bits = (n & -n).bit_length() - 1
-    ranked = sizes.argsort(descending=True, stable=True)
-    if 1 << bits < LEAST:
-        return torch.arange(n)
-    places = torch.arange(1 << bits)
-    reversed_ = sum((places >> bit & 1) << (bits - 1 - bit) for bit in range(bits))
-    return ranked[(reversed_ * (n >> bits) + torch.arange(n >> bits)[:, None]).flatten()]
+def strata(sizes: Float[Tensor, "n"], heights: Sequence[int]) -> Int[Tensor, "n"]:
+    """An order of channels of these sizes for tiles of `heights` rows: each place of a tile has a stratum of its own, the largest first.
+
+    Where heights differ a channel has a place in each kind of tile, and the ranks go by the mean of the places.
+    """
+    channels = torch.arange(sizes.shape[0])
+    place = sum((channels % height).double() / height for height in heights)
+    order = torch.empty_like(channels)
+    order[place.argsort(stable=True)] = sizes.argsort(descending=True, stable=True).cpu()
+    return order
 
 
 @dataclass(frozen=True)

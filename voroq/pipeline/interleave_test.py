@@ -1,35 +1,43 @@
 """An order of channels that deals out sizes, changes no function, and is found in whatever module has such channels."""
 
 import copy
-import math
+import itertools
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from voroq.methods import GPTQ, PVQ, VPTQ, spans_rows
+from voroq.methods import GPTQ, PVQ, VPTQ, tile_height
 from voroq.pipeline.interleave import interleave, strata
 from voroq.pipeline.run_test import logits, original
 from voroq.pipeline.tiny_models_test import tiny_model
 from voroq.pipeline.tiny_runs_test import content, quick_run, tiny_source
 
 
-@pytest.mark.parametrize("n", [4, 24, 40, 64, 1024, 11008])
-def test_every_aligned_run_holds_one_of_each_stratum_at_its_own_place(n: int):
+@pytest.mark.parametrize("n", [4, 24, 37, 1024, 11008])
+@pytest.mark.parametrize("height", [2, 3, 4, 5, 16])
+def test_every_place_of_a_tile_has_a_stratum_of_its_own(n: int, height: int):
     sizes = torch.randn(n, generator=torch.Generator().manual_seed(n))
-    order = strata(sizes)
-    assert torch.equal(order.sort().values, torch.arange(n))
-    ranks = sizes.argsort(descending=True).argsort()[order]
-    for run in (2**m for m in range(1, int(math.log2(n & -n)) + 1)):
-        quantiles = (ranks * run // n).view(-1, run)
-        assert torch.equal(quantiles, quantiles[:1].expand_as(quantiles))
-        assert torch.equal(quantiles[0].sort().values, torch.arange(run))
+    for heights in ([height], [height, height]):
+        order = strata(sizes, heights)
+        assert torch.equal(order.sort().values, torch.arange(n))
+        places = [sizes[order][place::height] for place in range(height)]
+        for larger, smaller in itertools.pairwise(part for part in places if len(part)):
+            assert larger.min() >= smaller.max()
 
 
-def test_equal_channels_and_odd_numbers_of_them_stay():
-    assert torch.equal(strata(torch.randn(37)), torch.arange(37)) and torch.equal(strata(torch.randn(38)), torch.arange(38))
-    assert torch.equal(strata(torch.zeros(8)).sort().values, torch.arange(8))
+def test_tiles_of_two_heights_both_get_some_of_it():
+    """What is left where bits go by what the strata cost: the geometric mean of that over the mean."""
+    costs = torch.randn(1020, generator=torch.Generator().manual_seed(0), dtype=torch.float64).exp()
+
+    def left(heights: list[int], height: int) -> float:
+        dealt = costs[strata(costs, heights)]
+        means = torch.stack([dealt[place::height].mean() for place in range(height)])
+        return float(means.log().mean().exp() / means.mean())
+
+    for height in (3, 4):
+        assert left([height], height) < left([3, 4], height) < 0.95
 
 
 class Mlp(nn.Module):
@@ -54,11 +62,11 @@ class Block(nn.Module):
         self.mlp = mlp
 
 
-def moved(module: nn.Module, wanted=lambda name: True) -> bool:
+def moved(module: nn.Module, height=lambda name: 4) -> bool:
     """Whether the channels of `module` were reordered; asserts that it computes the same."""
     block, x = Block(module), torch.randn(5, 8)
     before, weights = module(x), copy.deepcopy(module.state_dict())
-    interleave(block, "model.layers.3", wanted)
+    interleave(block, "model.layers.3", height)
     torch.testing.assert_close(module(x), before, rtol=1e-4, atol=1e-5)
     return any(not torch.equal(weights[name], value) for name, value in module.state_dict().items())
 
@@ -71,9 +79,15 @@ def test_channels_move_where_the_function_stays():
     nn.init.normal_(mixing.weight)
     assert not moved(Mlp(False, mixing))  # gains of the channels would stay behind
     names = []
-    assert moved(Mlp(False, nn.SiLU()), lambda name: not names.append(name))
+    assert moved(Mlp(False, nn.SiLU()), lambda name: names.append(name) or 2)
     assert sorted(names) == [f"model.layers.3.mlp.{name}" for name in ("down", "gate", "up")]
-    assert not moved(Mlp(False, nn.SiLU()), lambda name: not name.endswith("gate"))
+    assert not moved(Mlp(False, nn.SiLU()), lambda name: None if name.endswith("gate") else 4)  # stored as it is
+    assert not moved(Mlp(False, nn.SiLU()), lambda name: 4 if name.endswith("down") else 1)  # no tile spans channels
+
+
+def test_what_moved_is_named_together():
+    assert interleave(Block(Mlp(False, nn.SiLU())), "b", lambda name: 2) == [("b.mlp.up", "b.mlp.gate")]
+    assert interleave(Block(Mlp(True, nn.SiLU())), "b", lambda name: 2) == [("b.mlp.up",)]
 
 
 @pytest.mark.parametrize("name", ["Llama", "Phi3", "GPTNeoX", "Qwen3Moe"])
@@ -84,7 +98,7 @@ def test_blocks_of_models_compute_the_same(name: str):
     blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     weights = [copy.deepcopy(block.state_dict()) for block in blocks]
     for i, block in enumerate(blocks):
-        interleave(block, f"{i}", lambda name: True)
+        interleave(block, f"{i}", lambda name: 3)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
     after = [block.state_dict() for block in blocks]
     changed = {key for old, new in zip(weights, after, strict=True) for key in old if not torch.equal(old[key], new[key])}
@@ -92,9 +106,9 @@ def test_blocks_of_models_compute_the_same(name: str):
     assert all("mlp" in key for key in changed)
 
 
-def test_only_vectors_across_rows_ask_for_it():
-    assert spans_rows(VPTQ(vector_length=2)) and spans_rows(PVQ()) and not spans_rows(PVQ(along="input"))
-    assert not spans_rows(VPTQ(vector_length=1)) and not spans_rows(GPTQ()) and not spans_rows(None)
+def test_how_many_rows_a_vector_spans():
+    heights = {VPTQ(vector_length=3): 3, PVQ(dim=8): 8, PVQ(along="input"): 1, GPTQ(): 1, None: None}
+    assert {method: tile_height(method) for method in heights} == heights
 
 
 @pytest.mark.parametrize("name", ["Llama", "Phi3", "Qwen3Moe"])

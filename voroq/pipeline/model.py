@@ -62,6 +62,7 @@ class OpenModel:
     blocks_name  dotted name of the list of blocks, e.g. "model.layers"
     n_blocks     how many there are
     device       where blocks are computed
+    interleaved  by block, as loaded: the linears whose rows were reordered, together for every MLP
     """
 
     def __init__(self, source: Source, skeleton: nn.Module, device: torch.device) -> None:
@@ -78,7 +79,8 @@ class OpenModel:
         self._loaded: dict[int, nn.Module] = {}
         self._calls: dict[int, list[Call]] = {}
         self._recorder: Recorder | None = None
-        self._interleaved: Callable[[str], bool] | None = None
+        self._height: Callable[[str], int | None] | None = None
+        self.interleaved: dict[int, list[tuple[str, ...]]] = {}
         self._sites = lru_cache(maxsize=None)(self._find_sites)
         for group in self._weights.groups:
             self._place(group)
@@ -123,14 +125,14 @@ class OpenModel:
         for name, tensor in self._weights.read(wanted):
             put(block, name.removeprefix(prefix), tensor)
         block = unstack_experts(block.to(self.device))
-        if self._interleaved is not None:
-            interleave(block, self.block_name(index), self._interleaved)
+        if self._height is not None:
+            self.interleaved[index] = interleave(block, self.block_name(index), self._height)
         self._loaded[index] = block
         return block
 
-    def interleave(self, wanted: Callable[[str], bool]) -> None:
-        """From now on blocks are loaded with the channels of an MLP interleaved, where all its linears are `wanted`."""
-        self._interleaved = wanted
+    def interleave(self, height: Callable[[str], int | None]) -> None:
+        """From now on blocks are loaded with the channels of an MLP interleaved, for tiles of these heights (`pipeline/interleave.py`)."""
+        self._height = height
 
     def drop_block(self, index: int) -> None:
         """Free block `index`, whoever still holds it."""

@@ -2,11 +2,11 @@
 
 A `Plan` is a default and rules by name. A `Budget` becomes a plan once the sites are known: it picks, per site, settings from a
 menu so that everything stored ends at or below the bits asked for. Its yardstick is the distortion a Gaussian suffers at the
-menu's settings, times what a unit of it costs at the site: its slope where one was measured (`sensitivity.py`), else its weights.
+menu's settings, times the site's weights; or what was measured of the site (`planning.py`).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 from voroq.codebook import presets
 from voroq.errors import VoroqError
-from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ, Method
+from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ, Method, tile_height
 from voroq.packed.vptq_format import LEAST_ROW
 from voroq.pipeline.allocation import Choice, spend
 
@@ -43,17 +43,28 @@ class Budget:
     bits: float
     fixed: tuple[tuple[str, Any], ...] = ()
 
-    def plan(self, sites: Sequence[tuple[str, Shape]], *, float_bits: int = 16, slopes: Mapping[str, float] | None = None) -> Plan:
-        """The plan for `sites`, (name, (out, in)) each; `slopes` say what a unit of distortion costs each (its number of weights if None).
+    def plan(
+        self,
+        sites: Sequence[tuple[str, Shape]],
+        *,
+        float_bits: int = 16,
+        cost: Callable[[str, Method], float] | None = None,
+        together: Sequence[Sequence[str]] = (),
+    ) -> Plan:
+        """The plan for `sites`, (name, (out, in)) each; `cost` says what a setting costs a site (if None: distortion times its number of
+        weights). The tiles of sites `together` become equally high.
 
         Raises VoroqError where no setting reaches `bits`.
         """
         _check_known(self.method)
-        menus = {shape: menu(self.method, dict(self.fixed), shape, float_bits) for _, shape in sites}
-        weights = sum(math.prod(shape) for _, shape in sites)
-        worth = {name: float(math.prod(shape)) for name, shape in sites} if slopes is None else slopes
-        choice = spend([_sloped(menus[shape], worth[name]) for name, shape in sites], self.bits * weights)
-        if choice is None:
+        shapes = dict(sites)
+        menus = {shape: menu(self.method, dict(self.fixed), shape, float_bits) for shape in shapes.values()}
+        weights = sum(math.prod(shape) for shape in shapes.values())
+        tied = {name for group in together for name in group}
+        groups = [*(tuple(group) for group in together), *((name,) for name in shapes if name not in tied)]
+        priced = {name: [_priced(choice, name, shape, cost) for choice in menus[shape]] for name, shape in sites}
+        choices = spend([_alike([priced[name] for name in group]) for group in groups], self.bits * weights)
+        if choices is None:
             ends = [[pick(choice.bits for choice in menus[shape]) for _, shape in sites] for pick in (min, max)]
             low, high = (sum(end) / weights for end in ends)
             given = "".join(f" with {name}={value}" for name, value in self.fixed)
@@ -61,7 +72,10 @@ class Budget:
                 f"{self.bits:g} bits per weight cannot be reached by {self.method}{given} on this model: {low:.3f} to {high:.3f} can "
                 f"(tables, scales and permutations included); ask for at least {math.ceil(low * 1000) / 1000:.3f}"
             )
-        return Plan(None, tuple((name, option.method) for (name, _), option in zip(sites, choice, strict=True)))
+        found = {
+            name: method for group, choice in zip(groups, choices, strict=True) for name, method in zip(group, choice.methods, strict=True)
+        }
+        return Plan(None, tuple((name, found[name]) for name in shapes))
 
 
 def make_plan(method: str, bits: float | None, options: dict[str, str]) -> Plan | Budget:
@@ -125,7 +139,7 @@ def menu(name: str, fixed: dict[str, Any], shape: Shape, float_bits: int) -> lis
         found = _vptq_menu(fixed, shape) if name == "vptq" else _grid_menu(METHODS[name], fixed)
     if not found:
         raise VoroqError(f"no setting of the method fits a matrix of {shape[0]} x {shape[1]}")
-    return [Choice(method, method.stored_bits(shape, float_bits), distortion(method)) for method in found]
+    return [Choice((method,), method.stored_bits(shape, float_bits), distortion(method)) for method in found]
 
 
 def distortion(method: VPTQ | PVQ | GPTQ | RTN) -> float:
@@ -139,8 +153,18 @@ def distortion(method: VPTQ | PVQ | GPTQ | RTN) -> float:
     return math.log(method.group_size or 4096) / (2**method.bits - 1) ** 2
 
 
-def _sloped(choices: Sequence[Choice], slope: float) -> list[Choice]:
-    return [replace(choice, cost=choice.cost * slope) for choice in choices]
+def _priced(choice: Choice, name: str, shape: Shape, cost: Callable[[str, Method], float] | None) -> Choice:
+    (method,) = choice.methods
+    return replace(choice, cost=cost(name, method) if cost else choice.cost * math.prod(shape))
+
+
+def _alike(menus: Sequence[Sequence[Choice]]) -> Sequence[Choice]:
+    """Choices for several sites at once, whose tiles are equally high."""
+    joint, *others = menus
+    for menu in others:
+        pairs = ((a, b) for a in joint for b in menu if tile_height(a.methods[0]) == tile_height(b.methods[0]))
+        joint = [Choice((*a.methods, *b.methods), a.bits + b.bits, a.cost + b.cost) for a, b in pairs]
+    return joint
 
 
 def _vptq_menu(fixed: dict[str, Any], shape: Shape) -> list[VPTQ]:

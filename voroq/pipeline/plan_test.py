@@ -1,6 +1,7 @@
 """Plans: what is predicted is what is stored, budgets are kept and used up, and options mean what they say."""
 
 import math
+import zlib
 from itertools import product
 
 import pytest
@@ -13,7 +14,7 @@ from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ
 from voroq.moments import Moments, observe
 from voroq.packed.format import pack, total_bytes
 from voroq.pipeline.allocation import Choice, spend
-from voroq.pipeline.plan import Budget, Plan, gaussian_factor, make_plan, menu, parse_options
+from voroq.pipeline.plan import Budget, Plan, distortion, gaussian_factor, make_plan, menu, parse_options
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 SIDES = st.integers(6, 40)
@@ -142,10 +143,24 @@ def test_more_bits_than_the_method_can_use_give_the_best_it_has():
     assert {(made.bits, made.group_size) for made in plan.methods()} == {(8, 32)}
 
 
+def test_what_is_chosen_together_has_tiles_of_one_height():
+    sites = MODELS["demo"]
+    pairs = [(f"layers.{block}.gate", f"layers.{block}.up") for block in range(5)]
+    worth = {name: 1 + 7 * (zlib.crc32(name.encode()) % 11) for name, _ in sites}
+    costs = []
+    for together in ((), pairs):
+        plan = Budget("vptq", 2.6).plan(sites, cost=lambda name, method: worth[name] * distortion(method), together=together)
+        assert 0.98 * 2.6 < spent(plan, sites) <= 2.6 and [name for name, _ in plan.rules] == [name for name, _ in sites]
+        alike = [len({plan.method_for(name).vector_length for name in pair}) == 1 for pair in pairs]
+        costs.append(sum(worth[name] * distortion(method) for name, method in plan.rules))
+        assert all(alike) == bool(together)
+    assert costs[0] < costs[1] < 1.1 * costs[0]
+
+
 def test_every_setting_of_a_menu_fits_and_says_its_true_price():
     for name in METHODS:
         for choice in menu(name, {}, (1024, 384), 16):
-            assert choice.bits == choice.method.stored_bits((1024, 384), 16)
+            assert choice.bits == choice.methods[0].stored_bits((1024, 384), 16)
             assert choice.cost > 0
 
 
@@ -157,7 +172,7 @@ SITES = st.lists(PAIRS, min_size=1, max_size=4)
 @given(sites=SITES, budget=st.floats(0, 120))
 def test_spending_is_exhaustive_search(sites, budget):
     """Never over the budget; None only if nothing fits; the best of all combinations."""
-    menus = [[Choice(RTN(), bits, float(cost)) for bits, cost in pairs] for pairs in sites]
+    menus = [[Choice((RTN(),), bits, float(cost)) for bits, cost in pairs] for pairs in sites]
     combinations = [c for c in product(*menus) if sum(choice.bits for choice in c) <= budget]
     found = spend(menus, budget)
     if not combinations:

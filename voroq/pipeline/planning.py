@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from voroq.errors import VoroqError
-from voroq.methods import METHODS, Method, probing, spans_rows
+from voroq.methods import METHODS, Method, probing, tile_height
 from voroq.packed.files import write_json
 from voroq.pipeline.calibration import Texts
 from voroq.pipeline.model import OpenModel, open_model
@@ -28,6 +28,8 @@ from voroq.pipeline.work import resolve_devices
 
 RATE = ("vector_length", "table_bits", "bits", "group_size", "dim")
 """Options that set how many bits a method stores."""
+STEEPER = 3.5
+"""How much faster the divergence grows than the square of an error (measured: docs/vptq.md, "Which bits where")."""
 PROBE_SAMPLES = 64
 """Calibration windows a probe takes by default."""
 
@@ -86,23 +88,33 @@ def plan_model(
         seed=seed,
         progress=progress,
     )
-    model.interleave(lambda name: interleave and spans_rows(ready.plan.method_for(name)))
+    if interleave:
+        model.interleave(lambda name: tile_height(ready.plan.method_for(name)))
     with tempfile.TemporaryDirectory() as folder:
         rules = tuple((name, probing(method)) for name, method in ready.plan.rules)
-        costs = probe(model, Plan(None, rules), ready.windows, dtype=ready.dtype, seed=seed, folder=Path(folder), progress=progress)
+        measured = probe(model, Plan(None, rules), ready.windows, dtype=ready.dtype, seed=seed, folder=Path(folder), progress=progress)
     progress.done()
-    slopes = {name: kl / distortion(ready.plan.method_for(name)) for name, kl in costs.items()}
+    dealt = [group for groups in model.interleaved.values() for group in groups] if budget.method == "vptq" else []
+
+    def cost(name: str, method: Method) -> float:
+        return measured[name] * steep(distortion(method)) / steep(distortion(ready.plan.method_for(name)))
+
     float_bits = 8 * ready.dtype.itemsize
-    plan = budget.plan(sites, float_bits=float_bits, slopes=slopes)
+    plan = budget.plan(sites, float_bits=float_bits, cost=cost, together=dealt)
     rows = []
     for name, shape in sites:
         method = plan.method_for(name)
         bits = method.stored_bits(shape, float_bits) / math.prod(shape)
         row = {"name": name, "shape": list(shape), "method": budget.method, "options": _options(method)}
-        rows.append({**row, "bits": bits, "kl": slopes[name] * distortion(method)})
+        rows.append({**row, "bits": bits, "kl": cost(name, method)})
     weights = sum(math.prod(shape) for _, shape in sites)
     total = sum(row["bits"] * math.prod(row["shape"]) for row in rows) / weights
     return Planned(plan, tuple(rows), total, sum(row["kl"] for row in rows))
+
+
+def steep(distortion: float) -> float:
+    """What a relative error of this size costs, up to a factor: more than in proportion, where second order no longer tells all."""
+    return distortion * (1 + STEEPER * distortion)
 
 
 def can_plan(source: str | Path, *, device: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:

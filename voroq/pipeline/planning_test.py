@@ -14,7 +14,7 @@ from voroq.methods import GPTQ, PVQ, VPTQ, probing
 from voroq.pipeline.gradients import output_gradients
 from voroq.pipeline.observe_test import prepared
 from voroq.pipeline.plan import Budget, Plan, distortion, make_plan
-from voroq.pipeline.planning import plan_model, read_plan
+from voroq.pipeline.planning import plan_model, read_plan, steep
 from voroq.pipeline.progress import Silent
 from voroq.pipeline.run import quantize_model
 from voroq.pipeline.sensitivity import divergences, probe
@@ -77,10 +77,13 @@ def test_a_plan_spends_its_bits_where_they_are_worth_most_and_survives_its_file(
     again = read_plan(tmp_path / "plan.json")
     assert again == planned.plan
     uniform = budget.plan([(row["name"], tuple(row["shape"])) for row in planned.rows])
-    slopes = {row["name"]: row["kl"] / distortion(planned.plan.method_for(row["name"])) for row in planned.rows}
-    cost = {plan: sum(slope * distortion(plan.method_for(name)) for name, slope in slopes.items()) for plan in (uniform, planned.plan)}
+    slopes = {row["name"]: row["kl"] / steep(distortion(planned.plan.method_for(row["name"]))) for row in planned.rows}
+    cost = {plan: sum(slope * steep(distortion(plan.method_for(name))) for name, slope in slopes.items()) for plan in (uniform, planned.plan)}
     assert cost[planned.plan] < 0.97 * cost[uniform]
     assert len({method for _, method in planned.plan.rules}) > 3
+    for block in range(5):
+        gate, up = (planned.plan.method_for(f"model.layers.{block}.mlp.{name}_proj") for name in ("gate", "up"))
+        assert gate.vector_length == up.vector_length
 
 
 def test_a_plan_keeps_a_size(tmp_path):

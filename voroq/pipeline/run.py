@@ -23,7 +23,7 @@ from torch import nn
 
 import voroq
 from voroq.errors import VoroqError
-from voroq.methods import Method, is_guided, is_one_sided, is_slow_two_sided, spans_rows
+from voroq.methods import Method, is_guided, is_one_sided, is_slow_two_sided, tile_height
 from voroq.moments import Moments
 from voroq.numerics.linalg import answering
 from voroq.packed.base import Packed, Spec
@@ -99,7 +99,8 @@ def quantize_model(
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
     hessian = _resolved(model, hessian, ready.methods, devices)
     check_disk(Path(out), ready.bytes + (_gradient_bytes(model, ready.windows) if hessian != "input" else 0))
-    model.interleave(lambda name: interleave and spans_rows(ready.plan.method_for(name)))
+    if interleave:
+        model.interleave(lambda name: tile_height(ready.plan.method_for(name)))
     settings = {**ready.settings, "hessian": hessian, "interleave": interleave, "block_tuning": repr(block_tuning), "tuning": repr(tuning)}
     if tuning is not None:
         context = ready.windows.shape[1]

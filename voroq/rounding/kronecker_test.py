@@ -14,7 +14,6 @@ from voroq.quantized import Band, Tile
 from voroq.rounding import descent, kronecker
 from voroq.rounding import feedback as one_sided
 from voroq.rounding.feedback import conditional_metric
-from voroq.rounding.metric import Metric
 
 OUT, IN = 12, 24
 
@@ -190,11 +189,3 @@ def test_what_it_cannot_round_is_refused():
     w, h, g = problem()
     with pytest.raises(ValueError, match="one column wide"):
         kronecker.feedback(w, h, g, [Band(0, IN, Tile(1, 4), table(16, 4))])
-
-
-def test_importance_is_the_mean_curvature_of_a_vector():
-    _, h, g = problem()
-    tile = Tile(4, 1)
-    importance = Metric(h, g).importance(2, 5, tile, OUT).reshape(3, 3)
-    literal = torch.stack([torch.stack([g.diagonal()[4 * r : 4 * r + 4].mean() * h[c, c] for c in range(2, 5)]) for r in range(3)])
-    assert torch.allclose(importance, literal)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from voroq.numerics.linalg import damped
-from voroq.quantized import Band, Tile
+from voroq.quantized import Band
 from voroq.rounding import descent, feedback, kronecker
 from voroq.rounding.feedback import Rounded
 from voroq.shapes import Matrix, Square
@@ -35,9 +35,6 @@ class Loss(Protocol):
 
     def diagonal(self, out: int) -> Matrix:
         """What the square of each entry of an error [out in] counts."""
-
-    def importance(self, start: int, stop: int, tile: Tile, out: int) -> Float[Tensor, "n"]:
-        """How much each vector of columns start..stop counts: the mean of the diagonal over it."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,6 @@ class Metric:
     def diagonal(self, out: int) -> Matrix:
         along = self.h.diagonal()
         return along.expand(out, -1) if self.g is None else torch.outer(self.g.diagonal(), along)
-
-    def importance(self, start: int, stop: int, tile: Tile, out: int) -> Float[Tensor, "n"]:
-        if self.g is None:
-            return self.h.diagonal()[start:stop].repeat(-(-out // tile.rows))
-        return tile.cut(self.diagonal(out)[:, start:stop]).mean(1)
 
 
 @dataclass(frozen=True)
@@ -91,9 +83,6 @@ class Guided:
 
     def diagonal(self, out: int) -> Matrix:
         return torch.cat([h.diagonal().expand(rows.stop - rows.start, -1) for rows, h in self._groups(out)])
-
-    def importance(self, start: int, stop: int, tile: Tile, out: int) -> Float[Tensor, "n"]:
-        return tile.cut(self.diagonal(out)[:, start:stop]).mean(1)
 
     def _groups(self, out: int) -> Iterator[tuple[slice, Square]]:
         count, larger = divmod(out, len(self.hs))

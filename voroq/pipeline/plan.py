@@ -143,14 +143,14 @@ def menu(name: str, fixed: dict[str, Any], shape: Shape, float_bits: int) -> lis
 
 
 def distortion(method: VPTQ | PVQ | GPTQ | RTN) -> float:
-    """What a unit Gaussian is expected to suffer: exact to a few percent for pyramids and tables, relative for grids."""
+    """What a unit Gaussian is expected to suffer: exact to a few percent for pyramids and tables, roughly for grids."""
     if isinstance(method, PVQ):
         return presets.distortion(method.dim, round(method.bits * method.dim))
     if isinstance(method, VPTQ):
         stages = 1.3 * 2.0 ** (-2 * method.residual_bits / method.vector_length) if method.residual_bits else 1.0
         return gaussian_factor(method.vector_length) * 2.0 ** (-2 * method.table_bits / method.vector_length) * stages
-    # the range of a group grows with the log of its size; the step is range / (2^b - 1)
-    return math.log(method.group_size or 4096) / (2**method.bits - 1) ** 2
+    # the square of a group's range is about six times the log of its size; the step is range / (2^b - 1), the error step^2 / 12
+    return math.log(method.group_size or 4096) / (2**method.bits - 1) ** 2 / 2
 
 
 def _priced(choice: Choice, name: str, shape: Shape, cost: Callable[[str, Method], float] | None) -> Choice:

@@ -77,13 +77,17 @@ def test_a_plan_spends_its_bits_where_they_are_worth_most_and_survives_its_file(
     again = read_plan(tmp_path / "plan.json")
     assert again == planned.plan
     uniform = budget.plan([(row["name"], tuple(row["shape"])) for row in planned.rows])
-    slopes = {row["name"]: row["kl"] / steep(distortion(planned.plan.method_for(row["name"]))) for row in planned.rows}
-    cost = {plan: sum(slope * steep(distortion(plan.method_for(name))) for name, slope in slopes.items()) for plan in (uniform, planned.plan)}
+    price = {row["name"]: row["kl"] / steep(distortion(planned.plan.method_for(row["name"]))) for row in planned.rows}
+    cost = {plan: sum(each * steep(distortion(plan.method_for(name))) for name, each in price.items()) for plan in (uniform, planned.plan)}
     assert cost[planned.plan] < 0.97 * cost[uniform]
     assert len({method for _, method in planned.plan.rules}) > 3
     for block in range(5):
         gate, up = (planned.plan.method_for(f"model.layers.{block}.mlp.{name}_proj") for name in ("gate", "up"))
         assert gate.vector_length == up.vector_length
+
+
+def test_large_errors_cost_more_than_in_proportion():
+    assert steep(0.1) == pytest.approx(0.135) and steep(0.2) > 2 * steep(0.1)
 
 
 def test_a_plan_keeps_a_size(tmp_path):

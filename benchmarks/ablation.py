@@ -30,10 +30,11 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "+ bits allocated", FULL, EFFORTS["fast"], TWO
     whole = EFFORTS["balanced"]
     for label, left in (
-        ("+ whole-model tuning", {"moves": 0.0, "guide": 0.0, "head_rate": 0.0}),
-        ("+ code moves", {"guide": 0.0, "head_rate": 0.0}),
-        ("+ guided by the blocks' outputs", {"head_rate": 0.0}),
-        ("+ the head", {}),
+        ("+ whole-model tuning", {"moves": 0.0, "guide": 0.0, "head_rate": 0.0, "embedding_rate": 0.0}),
+        ("+ code moves", {"guide": 0.0, "head_rate": 0.0, "embedding_rate": 0.0}),
+        ("+ guided by the blocks' outputs", {"head_rate": 0.0, "embedding_rate": 0.0}),
+        ("+ the head", {"embedding_rate": 0.0}),
+        ("+ the embedding", {}),
     ):
         yield label, FULL, replace(whole, tuning=replace(whole.tuning, **left)), TWO
     yield "+ channels interleaved (balanced)", FULL, whole, INTERLEAVED

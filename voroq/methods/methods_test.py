@@ -8,11 +8,12 @@ import torch
 from voroq.codebook.residual import Residual
 from voroq.errors import VoroqError
 from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ, Method
-from voroq.methods.vptq import absorb, column_order, column_statistics
+from voroq.methods.gptq import activation_order
+from voroq.methods.vptq import Thinning, absorb, column_order, column_statistics
 from voroq.moments import Moments, observe
-from voroq.numerics.linalg import damped, proxy_loss, relative_proxy_loss
+from voroq.numerics.linalg import damped, inverse_factor, proxy_loss, relative_proxy_loss
 from voroq.quantized import Band, Quantized, Tile
-from voroq.rounding.metric import Metric
+from voroq.rounding.metric import Metric, outputs_metric
 from voroq.transform.affine import ColumnAffine
 from voroq.transform.chain import Chain
 from voroq.transform.permute import Permute
@@ -47,8 +48,8 @@ BASE = {
 }
 OTHER = {
     "vptq": dict(
-        vector_length=4, table_bits=5, residual_bits=2, groups=2, outlier_percent=5.0, outlier_vector_length=4, outlier_table_bits=3,
-        normalize="std", permute=False, damping=0.5, kmeans_steps=1, restarts=3, rounds=0, sweeps=0, beam=1,
+        vector_length=4, table_bits=5, residual_bits=2, groups=2, outlier_percent=5.0, outliers="cheapest", outlier_vector_length=4,
+        outlier_table_bits=3, normalize="std", permute=False, damping=0.5, kmeans_steps=1, restarts=3, rounds=0, sweeps=0, beam=1,
     ),
     "pvq": dict(bits=2.5, dim=8, along="input", rotation="both", gains="paper", order="class", sweeps=0, damping=0.5),
     "gptq": dict(bits=2, group_size=None, act_order=False, grid="minmax", damping=0.5),
@@ -59,7 +60,8 @@ OTHER = {
 @pytest.mark.parametrize("name, option", [(name, field.name) for name, kind in METHODS.items() for field in fields(kind)])
 def test_every_option_changes_the_result(name: str, option: str):
     outliers, residual = {"outlier_percent": 5.0}, {"residual_bits": 3}
-    needed = {"outlier_vector_length": outliers, "outlier_table_bits": outliers, "beam": residual, "order": {"dim": 8}}
+    needed = {name: outliers for name in ("outliers", "outlier_vector_length", "outlier_table_bits")}
+    needed |= {"beam": residual, "order": {"dim": 8}}
     base = replace(BASE[name], **needed.get(option, {}))
     changed = replace(base, **{option: OTHER[name][option]})
     first, second = run(base), run(changed)
@@ -106,21 +108,66 @@ def test_permutation_is_kept_where_it_cannot_be_absorbed():
         assert isinstance(run(method).transform.steps[-1], Permute)
 
 
-def test_outliers_are_the_columns_that_cost_most_and_lead_the_order():
-    """The literal cost: the variance of a column's weights over the diagonal of the inverse Hessian."""
+@pytest.mark.parametrize("outliers", ["costliest", "cheapest"])
+def test_outliers_are_chosen_by_what_they_cost_and_lead_the_order(outliers: str):
+    """The literal cost: the mean square of a column's weights over the diagonal of the inverse Hessian."""
     w, moments = problem()
     w[:, 11] *= 20  # a small activation with large weights: no candidate by activation alone
     h, _ = damped(moments.hessian(), 0.01)
-    order = column_order(w, h, 4)
-    cost = [float(w[:, j].var(correction=0) / torch.linalg.inv(h)[j, j]) for j in range(IN)]
-    assert set(order[:4].tolist()) == set(sorted(range(IN), key=lambda j: -cost[j])[:4])
-    assert 11 in order[:4] and 11 not in moments.second.diagonal().topk(4).indices
+    order = column_order(w, h, 4, outliers == "cheapest")
+    cost = [float(w[:, j].square().mean() / torch.linalg.inv(h)[j, j]) for j in range(IN)]
+    assert set(order[:4].tolist()) == set(sorted(range(IN), key=lambda j: cost[j], reverse=outliers == "costliest")[:4])
+    assert (11 in order[:4]) == (outliers == "costliest") and 11 not in moments.second.diagonal().topk(4).indices
     for part in (order[:4], order[4:]):
         assert part.tolist() == sorted(part.tolist(), key=lambda j: -float(h[j, j]))
     assert sorted(order.tolist()) == list(range(IN))
     assert torch.equal(column_order(w, h, 0), torch.argsort(h.diagonal(), descending=True))
-    q = replace(BASE["vptq"], outlier_percent=6.0)(w, moments, rng())
+    q = replace(BASE["vptq"], outlier_percent=6.0, outliers=outliers)(w, moments, rng())
     assert q.bands[0].stop == 4 and torch.equal(q.transform.steps[-1].perm, order)
+
+
+def some_moments(w: torch.Tensor, moments: Moments) -> Moments:
+    y = torch.randn(300, w.shape[0], generator=rng(6)) @ torch.randn(w.shape[0], w.shape[0], generator=rng(7))
+    return replace(moments, outputs=y.T @ y / 300)
+
+
+@pytest.mark.parametrize("sided", [1, 2])
+def test_thinning_says_what_dropping_columns_costs(sided: int):
+    """Brute force: columns left out, the others free to answer; nothing left out is an error like any other, everything is the whole."""
+    w, moments = problem()
+    moments = some_moments(w, moments) if sided == 2 else moments
+    h, _ = damped(moments.hessian(), 0.01)
+    g = torch.eye(OUT) if sided == 1 else outputs_metric(moments.outputs, 0.01)[0]
+    h, g = h.double(), g.double()
+    found = Thinning.of(w, moments, 0.01)
+    assert found.dropped[0] == 0 and found.kept[0] == 1 and found.kept[-1] == 0 and found.error(0, 0.25) == 0.25
+    assert bool((found.kept.diff() <= 0).all())
+    cost = w.double().square().mean(0) / torch.linalg.inv(h).diagonal()
+    ratios = []
+    for n in (1, 5, IN // 2, IN):
+        out = cost.argsort()[:n]
+        left = torch.tensor([j for j in range(IN) if j not in out.tolist()], dtype=torch.long)
+        error = torch.zeros_like(w, dtype=torch.float64)
+        error[:, out] = w[:, out].double()
+        if len(left):
+            error[:, left] = -error[:, out] @ h[out][:, left] @ torch.linalg.inv(h[left][:, left])
+        ratios.append(float(torch.trace(g @ error @ h @ error.T)) / float(found.dropped[n]))
+    assert ratios == pytest.approx([ratios[0]] * 4, rel=1e-3)
+    u = inverse_factor(h[order := activation_order(h)][:, order])
+    assert ratios[0] == pytest.approx(float((w.double().square().sum(0)[order] / u.diagonal().square()).sum()), rel=1e-3)
+
+
+def test_bits_of_cheap_columns_are_better_spent_on_the_others():
+    """Half of the columns hardly matter. At fewer bits, with those in long vectors, the loss is a fraction of what it was."""
+    w, moments = problem()
+    scale = torch.ones(IN)
+    scale[::2] = 0.03
+    moments = replace(moments, second=moments.second * scale * scale[:, None])
+    plain = VPTQ(vector_length=2, table_bits=6, rounds=1)
+    thin = VPTQ(vector_length=2, table_bits=7, rounds=1, outliers="cheapest", outlier_percent=45.0, outlier_vector_length=48, outlier_table_bits=1)
+    out = [method(w.repeat(8, 1), moments, rng()) for method in (plain, thin)]
+    losses = [relative_proxy_loss(w.repeat(8, 1), q.dequantize(), moments.hessian()) for q in out]
+    assert thin.stored_bits((8 * OUT, IN)) < plain.stored_bits((8 * OUT, IN)) and losses[1] < 0.6 * losses[0]
 
 
 def test_tables_know_the_places_that_count_more():

@@ -1,7 +1,8 @@
 """VPTQ: vectors down the output dimension, lookup tables, second-order feedback (Liu et al. 2024, arXiv 2409.17066).
 
     1. optional column scale and shift; the Hessian follows them (the reference's does not, and pays for it)
-    2. columns by falling diag(H); in front of them, a few percent with a finer table of their own, chosen by what they cost
+    2. columns by falling diag(H); in front of them, some with a table of their own, chosen by what they cost: a few percent that cost
+       most with a finer one, or many that cost next to nothing with hardly any bits
     3. tables by k-means weighted with diag(H), and with what each place in a vector counts on average, per group of columns; a second,
        residual table on what is left
     4. sweep: column by column, nearest centroids (main and residual searched together), error fed forward; where the moments know
@@ -18,7 +19,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from voroq.codebook.base import Codebook
@@ -58,7 +59,9 @@ class VPTQ:
     groups: int = 1
     """tables per matrix, one per group of input columns"""
     outlier_percent: float = 0.0
-    """percentage of input columns, the costliest (with permute=False the first), written with a table of their own"""
+    """percentage of input columns (with permute=False the first) written with a table of their own"""
+    outliers: str = "costliest"
+    """which columns those are: costliest, for a finer table, or cheapest, for long vectors that leave their bits to the others"""
     outlier_vector_length: int = 4
     """weights per vector in outlier columns"""
     outlier_table_bits: int = 12
@@ -89,14 +92,15 @@ class VPTQ:
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise VoroqError(f"{name}={getattr(self, name):g} is out of range; give {low} to {high}")
-        if self.normalize not in ("none", "std"):
-            raise VoroqError(f"normalize={self.normalize!r} is unknown; choose none or std")
+        for name, words in {"normalize": ("none", "std"), "outliers": ("costliest", "cheapest")}.items():
+            if getattr(self, name) not in words:
+                raise VoroqError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(words)}")
         check_damping(self.damping)
 
     def __call__(self, w: Matrix, moments: Moments, rng: torch.Generator) -> Quantized:
         h, notes = damped(moments.hessian(), self.damping)
         affine = (column_statistics(w),) if self.normalize == "std" else ()
-        order = (Permute(column_order(w, h, self.columns(w.shape[1])[0])),) if self.permute else ()
+        order = (Permute(column_order(w, h, self.columns(w.shape[1])[0], self.outliers == "cheapest")),) if self.permute else ()
         transform = Chain((*affine, *order))
         loss, more = self._loss(h, moments, transform)
         done = self._sweeps(transform.weight(w), loss, rng)
@@ -194,19 +198,47 @@ class VPTQ:
         return out
 
 
-def column_order(w: Matrix, h: Square, outliers: int) -> Int[Tensor, "in"]:
-    """Columns by falling diag(H), the `outliers` costliest before all others.
-
-    What a column costs: the variance of its weights, which the error of any table follows, times 1 / inv(H)_jj, what an error
-    in it costs once all other columns have answered it.
-    """
+def column_order(w: Matrix, h: Square, outliers: int, cheapest: bool = False) -> Int[Tensor, "in"]:
+    """Columns by falling diag(H), the `outliers` that cost most, or least, before all others."""
     order = activation_order(h)
     if not outliers:
         return order
-    cost = w.var(0, correction=0) / inverse_factor(h).square().sum(0)  # inv(H) = U^T U
-    chosen = torch.zeros_like(cost, dtype=torch.bool)
-    chosen[cost.topk(outliers).indices] = True
+    chosen = torch.zeros(w.shape[1], dtype=torch.bool, device=w.device)
+    chosen[column_costs(w, h).argsort(descending=not cheapest, stable=True)[:outliers]] = True
     return torch.cat([order[chosen[order]], order[~chosen[order]]])
+
+
+def column_costs(w: Matrix, h: Square) -> Float[Tensor, "in"]:
+    """What columns cost: the mean square of the weights, which the error of any table follows, times 1 / inv(H)_jj, what an error
+    in one costs once all others have answered it."""
+    return w.square().mean(0) / inverse_factor(h).square().sum(0)  # inv(H) = U^T U
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """The loss of a linear whose n cheapest columns are left out, in units of what errors as large as its weights would cost:
+    `dropped` by those n, all others answering, and `kept` for the others' own errors. Both [in + 1], n from 0."""
+
+    dropped: Float[Tensor, "n"]
+    kept: Float[Tensor, "n"]
+
+    @staticmethod
+    def of(w: Matrix, moments: Moments, damping: float) -> "Thinning":
+        h, _ = damped(moments.hessian(), damping)
+        order = activation_order(h)
+        factor = inverse_factor(h[order][:, order])
+        own = (w.square().sum(0)[order] / factor.diagonal().square())[order.argsort()]  # as feedback meets them
+        rising = column_costs(w, h).argsort(stable=True)
+        # E U^-1, with inv(H) = U^T U, is what columns cost once those after them have answered: it sums to tr(G E H E^T)
+        owed = torch.linalg.solve_triangular(inverse_factor(h[rising][:, rising]), w[:, rising], upper=True, left=False)
+        lost = (owed * (owed if moments.outputs is None else outputs_metric(moments.outputs, damping)[0] @ owed)).sum(0)
+        total = own.double().sum().clamp_min(1e-30)
+        dropped, gone = (torch.nn.functional.pad(part.double().cumsum(0), (1, 0)) / total for part in (lost, own[rising]))
+        return Thinning(dropped.cpu(), (1 - gone).clamp_min(0).cpu())
+
+    def error(self, columns: int, distortion: float) -> float:
+        """The loss with so many columns left out and a relative error of `distortion` in the others."""
+        return float(self.dropped[columns] + self.kept[columns] * distortion)
 
 
 def column_statistics(w: Matrix) -> ColumnAffine:

@@ -27,7 +27,7 @@ class Choice:
 
 def spend(menus: Sequence[Sequence[Choice]], budget: float | int) -> list[Choice] | None:
     """For every site a choice of its menu, with the least total cost at no more than `budget` bits. None if not even the cheapest fit."""
-    menus = [_useful(menu) for menu in menus]
+    menus = [useful(menu) for menu in menus]
     least = [min(choice.bits for choice in menu) for menu in menus]
     room = float(budget - sum(least))
     if room < 0:
@@ -48,7 +48,7 @@ def spend(menus: Sequence[Sequence[Choice]], budget: float | int) -> list[Choice
     return picked[::-1]
 
 
-def _useful(menu: Sequence[Choice]) -> list[Choice]:
+def useful(menu: Sequence[Choice]) -> list[Choice]:
     """The choices that no other beats in both bits and cost."""
     bits, costs = np.array([choice.bits for choice in menu], dtype=np.float64), np.array([choice.cost for choice in menu])
     return [menu[int(place)] for place in _frontier(bits, costs, np.inf)]

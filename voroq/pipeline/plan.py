@@ -16,9 +16,13 @@ from voroq.codebook import presets
 from voroq.errors import VoroqError
 from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ, Method, tile_height
 from voroq.packed.vptq_format import LEAST_ROW
-from voroq.pipeline.allocation import Choice, spend
+from voroq.pipeline.allocation import Choice, spend, useful
 
 Shape = tuple[int, int]
+THINNED = (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0)
+"""Percentages of the columns that may be left next to nothing."""
+THIN = {"outliers": "cheapest", "outlier_vector_length": 64, "outlier_table_bits": 1}
+"""And how: the format has 16 bits for every code of them, so vectors are long; and tables hardly matter, so they are small."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Budget:
         """
         _check_known(self.method)
         shapes = dict(sites)
-        menus = {shape: menu(self.method, dict(self.fixed), shape, float_bits) for shape in shapes.values()}
+        menus = {shape: menu(self.method, dict(self.fixed), shape, float_bits, thin=cost is not None) for shape in shapes.values()}
         weights = sum(math.prod(shape) for shape in shapes.values())
         tied = {name for group in together for name in group}
         groups = [*(tuple(group) for group in together), *((name,) for name in shapes if name not in tied)]
@@ -128,15 +132,16 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         raise VoroqError(f"option {key}={text} is not of type {kind.__name__}") from None
 
 
-def menu(name: str, fixed: dict[str, Any], shape: Shape, float_bits: int) -> list[Choice]:
-    """All settings of a method worth trying on a matrix of `shape`, the `fixed` fields respected; `cost` is the expected distortion.
+def menu(name: str, fixed: dict[str, Any], shape: Shape, float_bits: int, *, thin: bool = False) -> list[Choice]:
+    """All settings of a method worth trying on a matrix of `shape`, the `fixed` fields respected; `cost` is the expected distortion, which
+    does not know what columns are worth. Those that leave the cheapest of them next to nothing are among them where `thin`.
 
     Raises VoroqError where there is none.
     """
     if name == "pvq":
         found = _pyramid_menu(fixed, shape)
     else:
-        found = _vptq_menu(fixed, shape) if name == "vptq" else _grid_menu(METHODS[name], fixed)
+        found = _vptq_menu(fixed, shape, thin) if name == "vptq" else _grid_menu(METHODS[name], fixed)
     if not found:
         raise VoroqError(f"no setting of the method fits a matrix of {shape[0]} x {shape[1]}")
     return [Choice((method,), method.stored_bits(shape, float_bits), distortion(method)) for method in found]
@@ -160,14 +165,19 @@ def _priced(choice: Choice, name: str, shape: Shape, cost: Callable[[str, Method
 
 def _alike(menus: Sequence[Sequence[Choice]]) -> Sequence[Choice]:
     """Choices for several sites at once, whose tiles are equally high."""
-    joint, *others = menus
-    for menu in others:
-        pairs = ((a, b) for a in joint for b in menu if tile_height(a.methods[0]) == tile_height(b.methods[0]))
-        joint = [Choice((*a.methods, *b.methods), a.bits + b.bits, a.cost + b.cost) for a, b in pairs]
+    if len(menus) == 1:
+        return menus[0]
+    joint = []
+    for height in sorted({tile_height(choice.methods[0]) for choice in menus[0]}):
+        ends = [Choice((), 0, 0.0)]
+        for menu in menus:
+            own = useful([choice for choice in menu if tile_height(choice.methods[0]) == height])
+            ends = useful([Choice((*a.methods, *b.methods), a.bits + b.bits, a.cost + b.cost) for a in ends for b in own])
+        joint += ends
     return joint
 
 
-def _vptq_menu(fixed: dict[str, Any], shape: Shape) -> list[VPTQ]:
+def _vptq_menu(fixed: dict[str, Any], shape: Shape, thin: bool) -> list[VPTQ]:
     lengths = [fixed["vector_length"]] if "vector_length" in fixed else [2, 3, 4, 5, 6, 8, 10, 12, 16]
     # 4096 entries keep a table in a core's own cache and its training in minutes; ask for more by option
     widths = [fixed["table_bits"]] if "table_bits" in fixed else range(3, 13)
@@ -180,7 +190,16 @@ def _vptq_menu(fixed: dict[str, Any], shape: Shape) -> list[VPTQ]:
             if fixed.get("residual_bits", 0) > bits or shape[1] * (bits + fixed.get("residual_bits", 0)) < LEAST_ROW:
                 continue
             found.append(VPTQ(**{**fixed, "vector_length": length, "table_bits": bits}))
-    return found
+    if not thin or not fixed.get("permute", True) or any(name.startswith("outlier") for name in fixed):
+        return found
+    thinned = (replace(method, **THIN, outlier_percent=percent) for method in found for percent in THINNED)
+    return found + [method for method in thinned if _is_readable(method, shape[1])]
+
+
+def _is_readable(method: VPTQ, width: int) -> bool:
+    """Whether a row of the main table's codes is as long as the official reader needs, in a matrix of `width` columns."""
+    _, edges = method.columns(width)
+    return (edges[1] - edges[0]) * (method.table_bits + method.residual_bits) >= LEAST_ROW
 
 
 def _pyramid_menu(fixed: dict[str, Any], shape: Shape) -> list[PVQ]:

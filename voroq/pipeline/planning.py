@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from voroq.errors import VoroqError
-from voroq.methods import METHODS, Method, probing, tile_height
+from voroq.methods import METHODS, VPTQ, Method, probing, tile_height
 from voroq.packed.files import write_json
 from voroq.pipeline.calibration import Texts
 from voroq.pipeline.model import OpenModel, open_model
@@ -96,8 +96,13 @@ def plan_model(
     progress.done()
     dealt = [group for groups in model.interleaved.values() for group in groups] if budget.method == "vptq" else []
 
+    widths = {name: shape[1] for name, shape in sites}
+
     def cost(name: str, method: Method) -> float:
-        return measured[name] * steep(distortion(method)) / steep(distortion(ready.plan.method_for(name)))
+        worth, error = measured[name], distortion(method)
+        if isinstance(method, VPTQ) and method.outliers == "cheapest":
+            error = worth.thinning.error(method.columns(widths[name])[0], error)
+        return worth.kl * steep(error) / steep(distortion(ready.plan.method_for(name)))
 
     float_bits = 8 * ready.dtype.itemsize
     plan = budget.plan(sites, float_bits=float_bits, cost=cost, together=dealt)

@@ -47,7 +47,7 @@ def test_probing_weighs_every_site_that_the_plan_rounds(tmp_path):
     plan = Plan(VPTQ(vector_length=2, table_bits=4), (("*.down_proj", None),))
     found = probe(model, plan, tokens, dtype=torch.float32, seed=0, folder=tmp_path, progress=Silent())
     assert set(found) == {site.name for index in range(3) for site in model.sites(index) if "down_proj" not in site.name}
-    assert all(kl > 0 for kl in found.values())
+    assert all(worth.kl > 0 for worth in found.values())
 
 
 def test_pyramids_are_probed_by_inputs_alone_where_both_sides_are_slow(tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_pyramids_are_probed_by_inputs_alone_where_both_sides_are_slow(tmp_path,
 
 
 def test_a_plan_spends_its_bits_where_they_are_worth_most_and_survives_its_file(tmp_path):
-    budget = make_plan("vptq", 2.3, {"kmeans_steps": "2", "rounds": "0"})
+    budget = make_plan("vptq", 2.3, {"kmeans_steps": "2", "rounds": "0", "permute": "no"})  # columns in their own order: none are thinned
     planned = plan_model(DEMO_MODEL, budget, calibration="calibration-c4", samples=4, context=64, device="cpu")
     assert planned.bits_per_weight <= 2.3
     planned.write(tmp_path / "plan.json", "demo")
@@ -84,6 +84,20 @@ def test_a_plan_spends_its_bits_where_they_are_worth_most_and_survives_its_file(
     for block in range(5):
         gate, up = (planned.plan.method_for(f"model.layers.{block}.mlp.{name}_proj") for name in ("gate", "up"))
         assert gate.vector_length == up.vector_length
+
+
+def test_a_plan_leaves_next_to_nothing_to_columns_that_are_worth_nothing(tmp_path):
+    """The first block's down_proj has many. Bits saved there make the plan better, and the file says what was done."""
+    options = {"kmeans_steps": "2", "rounds": "0"}
+    text = {"calibration": "calibration-c4", "samples": 4, "context": 64, "device": "cpu"}
+    thin = plan_model(DEMO_MODEL, make_plan("vptq", 2.3, options), **text)
+    full = plan_model(DEMO_MODEL, make_plan("vptq", 2.3, {**options, "outlier_percent": "0"}), **text)
+    assert thin.bits_per_weight <= 2.3 and thin.kl < 0.95 * full.kl
+    down = thin.plan.method_for("model.layers.0.mlp.down_proj")
+    assert down.outliers == "cheapest" and down.outlier_percent >= 20
+    assert all(method.outlier_percent == 0 for _, method in full.plan.rules)
+    thin.write(tmp_path / "plan.json", "demo")
+    assert read_plan(tmp_path / "plan.json") == thin.plan
 
 
 def test_large_errors_cost_more_than_in_proportion():

@@ -11,7 +11,7 @@ one layer at a time.)
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from voroq.errors import VoroqError
-from voroq.methods import is_slow_two_sided
+from voroq.methods import VPTQ, is_slow_two_sided
+from voroq.methods.vptq import Thinning
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients, pull_through
 from voroq.pipeline.model import OpenModel
@@ -31,10 +32,18 @@ from voroq.pipeline.work import generator
 from voroq.quantized import narrow
 
 
+@dataclass(frozen=True)
+class Worth:
+    """KL per token of rounding a site alone at the probe's setting, and for VPTQ what its cheapest columns are worth."""
+
+    kl: float
+    thinning: Thinning | None
+
+
 def probe(
     model: OpenModel, plan: Plan, windows: Int[Tensor, "windows ctx"], *, dtype: torch.dtype, seed: int, folder: Path, progress: Progress
-) -> dict[str, float]:
-    """KL per token of rounding each site alone as `plan` says, tables in `dtype`. One block is in memory; `folder` takes what spills.
+) -> dict[str, Worth]:
+    """What each site is worth, rounded as `plan` says, tables in `dtype`. One block is in memory; `folder` takes what spills.
 
     Raises VoroqError for a model without a head, or where its gradients are not finite.
     """
@@ -43,7 +52,7 @@ def probe(
         raise VoroqError(f"{name} has no language model head, so what its layers are worth cannot be measured; give --bits alone")
     batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
     windows = windows[: gradient_windows(*windows.shape, batch)]
-    found: dict[str, float] = {}
+    found: dict[str, Worth] = {}
     with model.capture(windows, batch, limit=ACTIVATIONS_IN_MEMORY, folder=folder) as states:
         room = {"limit": ACTIVATIONS_IN_MEMORY, "folder": folder}
         gradients = output_gradients(model, windows, states, batch, seed=seed, progress=progress, **room)
@@ -66,12 +75,12 @@ def _probe_block(
     plan: Plan,
     dtype: torch.dtype,
     seed: int,
-) -> dict[str, float]:
+) -> dict[str, Worth]:
     chosen = {site.name: plan.method_for(site.name) for site in model.sites(index)}
     names = [name for name, method in chosen.items() if method is not None]
     outputs = observe_outputs(model, block, index, states, gradients, batch, sites=names)
     moments, _ = observe_block(model, block, index, states, batch, sites=names)
-    linears, errors = model.linears(block, index), {}
+    linears, errors, thinnings = model.linears(block, index), {}, {}
     for name in names:
         w = linears[name].weight.detach().float()
         known = moments[name]
@@ -79,9 +88,11 @@ def _probe_block(
             known = replace(known, outputs=outputs[name])
         made = chosen[name](w, known, generator(seed, name))
         errors[name] = w - narrow(made, dtype).dequantize().to(w.device)
+        if isinstance(chosen[name], VPTQ):
+            thinnings[name] = Thinning.of(w, known, chosen[name].damping)
     found = divergences(model, block, index, states, gradients, batch, errors)
     run_block(model, block, index, states, batch, states)
-    return found
+    return {name: Worth(kl, thinnings.get(name)) for name, kl in found.items()}
 
 
 def divergences(

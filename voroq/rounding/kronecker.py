@@ -10,15 +10,14 @@ independent. With inv(G) = V^T V, V upper triangular, and F_r what row block r i
 
     tr(G E H E^T) = sum_r tr(D_r F_r H F_r^T)          D_r = inv(V_rr^T V_rr)
 
-so the two-sided loop is the one-sided one (`feedback.py`) inside another: rows of tiles top down, columns along each, vectors searched
-in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric. Both take tiles one column
+so the two-sided loop is the one-sided one (`feedback.py`) inside another: bands in order, in each rows of tiles top down, columns along each,
+vectors searched in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric. Both take tiles one column
 wide. With G the identity they do what `feedback.feedback` and `descent.descend` do.
 
 On a CPU with the library of kernels, tables and pyramids in float32 go there, a row of tiles at a time.
 """
 
 import ctypes
-import math
 from collections.abc import Sequence
 
 import torch
@@ -48,30 +47,20 @@ def kronecker_loss(delta: Matrix, h: Square, g: Float[Tensor, "out out"]) -> Flo
 def feedback(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], *, lazy: int = 128) -> Rounded:
     """Round `w` [out in] under the positive definite `h` [in in] and `g` [out out].
 
-    Row blocks as high as all bands' tiles need (the least common multiple of their rows) are rounded in order. About `lazy` rows are
-    finished before the rest of the matrix is updated; it changes the speed, not the result.
+    Band by band, whatever heights their tiles have: what later columns owe for an error in earlier ones does not depend on G. About
+    `lazy` rows of a band are finished before the rest of it is updated; it changes the speed, not the result.
     """
-    out, width = w.shape
-    height = math.lcm(*[band.tile.rows for band in bands])
-    rest, g = _padded(w, g, -(-out // height) * height)
     u, v = inverse_factor(h), inverse_factor(g)
-    targets = torch.empty_like(rest)
-    codes = [_room(band, rest.shape[0]) for band in bands]
-    group = max(1, lazy // height) * height
-    for first in range(0, rest.shape[0], group):
-        last = min(first + group, rest.shape[0])
-        owed = torch.empty(last - first, width, dtype=w.dtype, device=w.device)
-        for top in range(first, last, height):
-            rows = slice(top, top + height)
-            here = v[rows, rows]
-            targets[rows] = rest[rows]
-            made = _along(targets[rows], u, conditional_metric(here), top, bands, codes)
-            error = torch.linalg.solve_triangular(here.T, rest[rows] - made, upper=False)
-            rest[top + height : last] -= v[rows, top + height : last].T @ error
-            owed[top - first : top + height - first] = error
-        rest[last:] -= v[first:last, last:].T @ owed
-    codes = [part[: -(-out // band.tile.rows)] for band, part in zip(bands, codes, strict=True)]
-    return _result(w, h, g[:out, :out], bands, codes, targets[:out])
+    rest, targets, codes = w.clone(), [], []
+    for band in bands:
+        columns = slice(band.start, band.stop)
+        inside = u[columns, columns].contiguous()
+        target, part = _feedback_band(rest[:, columns], inside, v, PADDING * g.diagonal().mean(), band, lazy)
+        left = rest[:, columns] - band.decode(part, w.shape[0])
+        rest[:, band.stop :] -= torch.linalg.solve_triangular(inside, left, upper=True, left=False) @ u[columns, band.stop :]
+        targets.append(target)
+        codes.append(part)
+    return _result(w, h, g, bands, codes, torch.cat(targets, dim=1))
 
 
 def descend(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int) -> Rounded:
@@ -100,22 +89,32 @@ def descend(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[B
     return _result(w, h, g, bands, codes, w)
 
 
-def _along(
-    rest: Float[Tensor, "m in"], u: Square, metric: Float[Tensor, "m m"], top: int, bands: Sequence[Band], codes: Sequence[Tensor]
-) -> Float[Tensor, "m in"]:
-    """What a row block is rounded to; `rest` becomes its targets, `codes` of its tiles are written. The block begins at row `top`."""
-    made = torch.empty_like(rest)
-    for band, part in zip(bands, codes, strict=True):
-        size, columns = band.tile.rows, slice(band.start, band.stop)
-        inside = u[columns, columns].contiguous()
-        for first in range(0, rest.shape[0], size):
-            rows, row = slice(first, first + size), (top + first) // size
-            target = rest[rows, columns].contiguous()
-            errors = _feedback_tile(target, inside, metric[rows, rows], band, row, part[row])
-            rest[rows, columns] = target
-            made[rows, columns] = target - errors * inside.diagonal()
-            rest[rows, band.stop :] -= errors @ u[columns, band.stop :]
-    return made
+def _feedback_band(
+    w: Float[Tensor, "out c"], u: Float[Tensor, "c c"], v: Float[Tensor, "out out"], padding: Tensor, band: Band, lazy: int
+) -> tuple[Float[Tensor, "out c"], Int[Tensor, "rows c s"]]:
+    """Targets and codes of the columns `w` of a band, a row of tiles after the other. Rows that only pad the last count `padding`."""
+    out, height = w.shape[0], band.tile.rows
+    room = -(-out // height) * height
+    rest, codes = torch.nn.functional.pad(w, (0, 0, 0, room - out)), _room(band, room)
+    below = torch.eye(room, dtype=v.dtype, device=v.device) / padding.sqrt()
+    below[:out, :out] = v
+    targets = torch.empty_like(rest)
+    group = max(1, lazy // height) * height
+    for first in range(0, room, group):
+        last = min(first + group, room)
+        owed = torch.empty_like(rest[first:last])
+        for top in range(first, last, height):
+            rows = slice(top, top + height)
+            here = below[rows, rows]
+            target = rest[rows].clone()
+            errors = _feedback_tile(target, u, conditional_metric(here), band, top // height, codes[top // height])
+            targets[rows] = target
+            made = target - errors * u.diagonal()
+            error = torch.linalg.solve_triangular(here.T, rest[rows] - made, upper=False)
+            rest[top + height : last] -= below[rows, top + height : last].T @ error
+            owed[top - first : top + height - first] = error
+        rest[last:] -= below[first:last, last:].T @ owed
+    return targets[:out], codes
 
 
 def _feedback_tile(

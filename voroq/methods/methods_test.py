@@ -164,7 +164,8 @@ def test_bits_of_cheap_columns_are_better_spent_on_the_others():
     scale[::2] = 0.03
     moments = replace(moments, second=moments.second * scale * scale[:, None])
     plain = VPTQ(vector_length=2, table_bits=6, rounds=1)
-    thin = VPTQ(vector_length=2, table_bits=7, rounds=1, outliers="cheapest", outlier_percent=45.0, outlier_vector_length=48, outlier_table_bits=1)
+    hardly = {"outliers": "cheapest", "outlier_percent": 45.0, "outlier_vector_length": 48, "outlier_table_bits": 1}
+    thin = VPTQ(vector_length=2, table_bits=7, rounds=1, **hardly)
     out = [method(w.repeat(8, 1), moments, rng()) for method in (plain, thin)]
     losses = [relative_proxy_loss(w.repeat(8, 1), q.dequantize(), moments.hessian()) for q in out]
     assert thin.stored_bits((8 * OUT, IN)) < plain.stored_bits((8 * OUT, IN)) and losses[1] < 0.6 * losses[0]

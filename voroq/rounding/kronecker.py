@@ -10,9 +10,9 @@ independent. With inv(G) = V^T V, V upper triangular, and F_r what row block r i
 
     tr(G E H E^T) = sum_r tr(D_r F_r H F_r^T)          D_r = inv(V_rr^T V_rr)
 
-so the two-sided loop is the one-sided one (`feedback.py`) inside another: bands in order, in each rows of tiles top down, columns along each,
-vectors searched in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric. Both take tiles one column
-wide. With G the identity they do what `feedback.feedback` and `descent.descend` do.
+so the two-sided loop is the one-sided one (`feedback.py`) inside another: bands in order, in each rows of tiles top down, columns along
+each, vectors searched in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric.
+Both take tiles one column wide. With G the identity they do what `feedback.feedback` and `descent.descend` do.
 
 On a CPU with the library of kernels, tables and pyramids in float32 go there, a row of tiles at a time.
 """

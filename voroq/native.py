@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ABI = 7
+ABI = 8
 """Of the interface; a library built from other sources is not used."""
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 

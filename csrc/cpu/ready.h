@@ -112,6 +112,42 @@ inline Ready ready(Scratch& scratch, const Kernels& kernels, const Band& band, b
     return r;
 }
 
+constexpr int64_t LONGEST = 16;  // weights of a word
+
+// Into how many words down the output, a power of two, a longer one is cut; 1 where it is not long, or cannot be cut.
+inline int64_t pieces(const Band& band) {
+    if (band.kind != TABLE || band.cols != 1 || band.residual || band.scale || band.zeros || band.width % 16) return 1;
+    int64_t parts = 1;
+    while (band.rows > parts * LONGEST) parts *= 2;
+    return band.rows % parts ? 1 : parts;
+}
+
+// The same band in short words: a table of long ones is, as it lies, a table of their pieces, and every code becomes one for each of them.
+inline Band cut(Scratch& scratch, Band band, int64_t out) {
+    const int64_t parts = pieces(band), tiles = (out + band.rows - 1) / band.rows, pitch = (band.along * band.width + 31) / 32;
+    if (parts == 1) return band;
+    auto* to = reinterpret_cast<uint32_t*>(scratch.take(tiles * parts * pitch));
+    std::fill(to, to + tiles * parts * pitch, 0u);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const uint32_t* row = band.words + tile * band.pitch;
+        for (int64_t c = 0; c < band.along; ++c) {
+            const uint32_t code = band.width == 16 ? reinterpret_cast<const uint16_t*>(row)[band.first + c] : row[band.first + c];
+            for (int64_t part = 0; part < parts; ++part) {
+                const uint32_t own = uint32_t((code & ((uint64_t(1) << band.bits) - 1)) * parts + part);
+                uint32_t* there = to + (tile * parts + part) * pitch;
+                if (band.width == 16) reinterpret_cast<uint16_t*>(there)[c] = uint16_t(own);
+                else there[c] = own;
+            }
+        }
+    }
+    band.words = to;
+    band.pitch = pitch;
+    band.first = 0;
+    band.rows /= int32_t(parts);
+    band.bits += std::countr_zero(uint64_t(parts));
+    return band;
+}
+
 inline bool can(const Band& band) {
     const int64_t size = int64_t(band.rows) * band.cols;
     if (band.rows != 1 && band.cols != 1) return false;
@@ -122,7 +158,8 @@ inline bool can(const Band& band) {
     }
     if (band.kind == PULSES) return (size == 8 || size == 16) && band.width <= 32 && band.residual && (band.residual_bits == 4 || band.residual_bits == 8);
     if (band.kind == GRID) return size == 1 && band.bits <= 8 && band.width == band.bits;
-    return size <= 16 && band.width <= 32 && band.bits + band.residual_bits <= band.width;
+    const int64_t parts = pieces(band);
+    return size <= LONGEST * parts && band.width <= 32 && band.bits + band.residual_bits + std::countr_zero(uint64_t(parts)) <= band.width;
 }
 
 inline int64_t place(const Product& p, int64_t column) {
@@ -134,7 +171,7 @@ inline int64_t place(const Product& p, int64_t column) {
 // Rows of the matrix that are whole tiles in every band.
 inline int64_t unit(const Product& p) {
     int64_t rows = 1;
-    for (int64_t i = 0; i < p.count; ++i) rows = std::lcm(rows, int64_t(p.bands[i].rows));
+    for (int64_t i = 0; i < p.count; ++i) rows = std::lcm(rows, p.bands[i].rows / pieces(p.bands[i]));
     return rows;
 }
 
@@ -146,7 +183,8 @@ inline std::vector<Ready> prepare(Scratch& scratch, const Kernels& kernels, cons
     std::vector<Ready> bands;
     for (int64_t i = 0; i < p.count; ++i) {
         if (!can(p.bands[i])) throw std::invalid_argument("band");
-        bands.push_back(ready(scratch, kernels, p.bands[i], decode || (strips && p.bands[i].cols != 1), !decode && !strips && exact(kernels, p)));
+        const Band band = cut(scratch, p.bands[i], p.out);
+        bands.push_back(ready(scratch, kernels, band, decode || (strips && band.cols != 1), !decode && !strips && exact(kernels, p)));
     }
     return bands;
 }

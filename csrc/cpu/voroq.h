@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#define VOROQ_ABI 7
+#define VOROQ_ABI 8
 
 enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
 enum Kind : int32_t { TABLE = 0, GRID = 1, PYRAMID = 2, PULSES = 3 };
@@ -20,7 +20,8 @@ struct Band {
     const void* scale;       // per row of tiles, or null
     const uint32_t* zeros;   // bit stream of a zero point per row of tiles, or null
     const void* pyramid;     // from voroq_pyramid_new; null for other kinds
-    int32_t rows, cols;      // of a tile; one of them is 1
+    int32_t rows, cols;      // of a tile; one of them is 1, the other 16 at most; down the output, where codes are plain numbers of 16 or 32 bits
+                             // for one table without scales, a power of two times that
     int32_t width;           // bits of a code: the word's number, the residual's or the gain's above it; 64 for pyramids, 32 else, at most
     int32_t bits, residual_bits;  // of pulses: `bits` is how many levels there are, a code the level; 4 or 8 bits an entry
     int32_t kind;            // Kind

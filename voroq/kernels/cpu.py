@@ -21,7 +21,7 @@ from voroq.native import REALS, Band, Product
 from voroq.packed.base import Packed, Spec, from_int16
 from voroq.packed.codebooks import Form, GainShapeForm, GridForm, PulsesForm, PyramidsForm, ResidualForm, TableForm
 from voroq.packed.native_format import NativeSpec, Run, suffix
-from voroq.packed.vptq_format import VptqSpec
+from voroq.packed.vptq_format import Outliers, VptqSpec
 
 FUSED = 16
 """Rows of x that are multiplied without decoding panels."""
@@ -173,7 +173,7 @@ def _plan(spec: Spec, facts: tuple[tuple[str, int, torch.dtype], ...]) -> Plan:
     return Plan(
         (Band * len(bands))(*bands),
         len(bands),
-        lcm(*(band.rows for band in bands)),
+        lcm(*(_rows(band.rows) for band in bands)),
         (at.get(perm), perm_bytes, *((None, None) if by_row else scales)),
         scales if by_row else (None, None),
         REALS[real],
@@ -250,9 +250,19 @@ def _pyramid(form: Form) -> native.Pyramid | None:
 def known(spec: Spec) -> bool:
     """Whether the library has what `spec` asks for."""
     if isinstance(spec, VptqSpec):
-        sizes = [spec.vector, spec.outliers.vector if spec.outliers else 1]
-        return max(sizes) <= LONGEST and sum(spec.widths) <= 32
+        return spec.vector <= LONGEST and sum(spec.widths) <= 32 and (spec.outliers is None or _known_outliers(spec.outliers))
     return isinstance(spec, NativeSpec) and all(_known_run(run) for run in spec.runs)
+
+
+def _known_outliers(outliers: Outliers) -> bool:
+    rows = _rows(outliers.vector)
+    return rows <= LONGEST and outliers.k * (outliers.vector // rows) <= 1 << 16
+
+
+def _rows(vector: int) -> int:
+    """Rows of the words that the library cuts those of outliers into where they are long: a power of two of them, if that can be."""
+    parts = 1 << (-(-vector // LONGEST) - 1).bit_length()
+    return vector // parts if vector % parts == 0 else vector
 
 
 def _known_run(run: Run) -> bool:

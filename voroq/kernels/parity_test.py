@@ -16,6 +16,7 @@ from voroq.errors import VoroqError
 from voroq.kernels import KERNELS, cpu, described, key_of, matmul, pick, reference
 from voroq.layer import QuantLinear
 from voroq.numerics.pyramid import count
+from voroq.packed.base import Packed
 from voroq.packed.conftest import random_band, random_gptq, random_pyramids, random_table, random_transform, random_vptq
 from voroq.packed.format import pack, unpack
 from voroq.packed.legacy import OldSpec
@@ -25,7 +26,7 @@ from voroq.transform.chain import Chain
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"{native.problem()}")
 TABLES = [(1, (16,)), (2, (4,)), (3, (16,)), (4, (256,)), (4, (8192, 64)), (6, (4096,)), (8, (256, 256)), (8, (8192,)), (12, (64, 32))]
 TABLES += [(16, (16, 16)), (16, (8192,)), (8, (1 << 16,))]
-OUTLIERS = [(0, 2, 8), (5, 4, 16), (6, 3, 8)]
+OUTLIERS = [(0, 2, 8), (5, 4, 16), (6, 3, 8), (5, 64, 2), (8, 24, 4)]
 TYPES = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 BATCHES = (1, 2, 3, 8, 11, 17)
@@ -240,8 +241,8 @@ def test_more_bands_than_are_held_at_once(isa):
 @pytest.mark.parametrize("steps", [(), ("affine", "permute"), ("rows",)], ids="-".join)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_decoded_weights_are_those_of_the_reference_bit_for_bit(isa, steps, dtype):
-    for v, sizes in TABLES:
-        packed = pack(random_vptq(43, 106, 2, v=v, sizes=sizes, outliers=(5, 4, 16), steps=steps), torch.float16, "vptq")
+    for (v, sizes), outliers in product(TABLES, [(5, 4, 16), (5, 64, 2), (6, 40, 4)]):
+        packed = pack(random_vptq(43, 106, 2, v=v, sizes=sizes, outliers=outliers, steps=steps), torch.float16, "vptq")
         assert torch.equal(cpu.weight(packed, dtype), reference.weight(packed, dtype)), packed.spec
     for dim, pulses, spare in PYRAMIDS:
         book = random_pyramids(dim, pulses, spare, torch.Generator().manual_seed(1))
@@ -297,6 +298,18 @@ def test_a_permutation_that_leads_out_of_the_matrix_is_not_followed():
 
 
 @needs_library
+@pytest.mark.parametrize("kind", [torch.int16, torch.int32])
+def test_long_outliers_in_integers_of_both_kinds_and_outside_of_their_table(isa, kind):
+    """Codes too large are read as others inside, as everywhere."""
+    packed = pack(random_vptq(150, 106, 2, outliers=(5, 64, 4), steps=("permute",)), torch.float16, "vptq")
+    x, wanted = rows(3, 106), matmul(rows(3, 106), packed)
+    codes = packed.tensors["outlier_indices"].to(kind)
+    for moved in (codes, codes + 4, codes - 4):
+        again = matmul(x, Packed(packed.spec, {**packed.tensors, "outlier_indices": moved}))
+        assert torch.equal(again, wanted)
+
+
+@needs_library
 def test_what_the_library_lacks_is_left_to_the_reference():
     rng = torch.Generator().manual_seed(0)
     books = [random_pyramids(dim, pulses, 0, rng) for dim, pulses in ((24, (3, 4)), (8, (9, 128)))]
@@ -304,8 +317,9 @@ def test_what_the_library_lacks_is_left_to_the_reference():
     for q in (
         *(Quantized((48, 8), random_transform(8, (), rng), (band,), (codes,)) for band, codes in pyramids),
         random_vptq(43, 106, 2, v=24, sizes=(16,)),
+        random_vptq(43, 106, 2, outliers=(6, 21, 8)),  # no power of two makes these short
     ):
-        packed = pack(q, torch.float16, "voroq")
+        packed = pack(q, torch.float16, "vptq" if q.bands[0].stop == 6 else "voroq")
         assert pick(packed.spec, rows(1, q.shape[1])) == "reference"
     packed = pack(random_vptq(43, 106, 2), torch.float16, "vptq")
     assert pick(packed.spec, rows(1, 106).double()) == "reference"
@@ -353,6 +367,7 @@ COMPILED = """
 import torch
 from voroq.layer import QuantLinear
 from voroq.layer import QuantLinear
+from voroq.packed.base import Packed
 from voroq.packed.conftest import random_vptq
 from voroq.packed.format import pack
 

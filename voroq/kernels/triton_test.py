@@ -29,7 +29,7 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
 
 TABLES = [(1, (16,)), (2, (4,)), (3, (16,)), (4, (256,)), (4, (8192, 64)), (6, (4096,)), (8, (256, 256)), (8, (8192,)), (10, (32,))]
 TABLES += [(12, (64, 32)), (16, (16, 16)), (16, (8192,)), (24, (16,))]
-OUTLIERS = [(0, 2, 8), (5, 4, 16), (6, 3, 8)]
+OUTLIERS = [(0, 2, 8), (5, 4, 16), (6, 3, 8), (5, 64, 2)]
 STEPS = [(), ("affine", "permute"), ("rows",), ("permute",)]
 TYPES = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
 """Of the tables, and of x."""

@@ -162,20 +162,17 @@ class VPTQ:
         return outliers, [outliers + each * g for g in range(self.groups + 1)]
 
     def _fit(self, w: Matrix, metric: Loss, rng: torch.Generator) -> list[Band]:
+        counts = metric.diagonal(w.shape[0])
         outliers, edges = self.columns(w.shape[1])
-        bands = []
-        if outliers:
-            tile = Tile(self.outlier_vector_length, 1)
-            bands.append(Band(0, outliers, tile, self._table(w, metric, 0, outliers, tile, self.outlier_table_bits, rng)))
-        tile = Tile(self.vector_length, 1)
-        for start, stop in itertools.pairwise(edges):
-            bands.append(Band(start, stop, tile, self._table(w, metric, start, stop, tile, self.table_bits, rng)))
-        return bands
 
-    def _table(self, w: Matrix, metric: Loss, start: int, stop: int, tile: Tile, bits: int, rng: torch.Generator) -> Table:
-        return self._trained(w[:, start:stop], metric.diagonal(w.shape[0])[:, start:stop], tile, bits, rng)
+        def band(start: int, stop: int, length: int, bits: int) -> Band:
+            tile = Tile(length, 1)
+            return Band(start, stop, tile, self._table(w[:, start:stop], counts[:, start:stop], tile, bits, rng))
 
-    def _trained(self, w: Matrix, counts: Matrix, tile: Tile, bits: int, rng: torch.Generator) -> Table:
+        first = [band(0, outliers, self.outlier_vector_length, self.outlier_table_bits)] if outliers else []
+        return first + [band(start, stop, self.vector_length, self.table_bits) for start, stop in itertools.pairwise(edges)]
+
+    def _table(self, w: Matrix, counts: Matrix, tile: Tile, bits: int, rng: torch.Generator) -> Table:
         """A table for the vectors of `w`, the square of whose errors `counts`: by k-means that knows how much each vector and, on average,
         each place in a vector counts."""
         each = tile.cut(counts)
@@ -185,14 +182,14 @@ class VPTQ:
 
     def _with_residuals(self, done: Rounded, metric: Loss, rng: torch.Generator) -> list[Band]:
         """The same bands with a residual table trained on what the first sweep left of its targets."""
+        counts = metric.diagonal(done.targets.shape[0])
         outliers, _ = self.columns(done.targets.shape[1])
         out = []
         for band, codes in zip(done.bands, done.codes, strict=True):
             left = done.targets[:, band.start : band.stop] - band.decode(codes, done.targets.shape[0])
             book: Codebook = band.codebook
             if band.start >= outliers:
-                counts = metric.diagonal(left.shape[0])[:, band.start : band.stop]
-                rest = self._trained(left, counts, band.tile, self.residual_bits, rng)
+                rest = self._table(left, counts[:, band.start : band.stop], band.tile, self.residual_bits, rng)
                 book = Residual((book, rest), self.beam)
             out.append(replace(band, codebook=book))
         return out

@@ -23,6 +23,8 @@ THINNED = (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0)
 """Percentages of the columns that may be left next to nothing."""
 THIN = {"outliers": "cheapest", "outlier_vector_length": 64, "outlier_table_bits": 1}
 """And how: the format has 16 bits for every code of them, so vectors are long; and tables hardly matter, so they are small."""
+STEEPER = 3.5
+"""How much faster the divergence grows than the square of an error (measured: docs/vptq.md, "Which bits where")."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,11 @@ def distortion(method: VPTQ | PVQ | GPTQ | RTN) -> float:
         return gaussian_factor(method.vector_length) * 2.0 ** (-2 * method.table_bits / method.vector_length) * stages
     # the square of a group's range is about six times the log of its size; the step is range / (2^b - 1), the error step^2 / 12
     return math.log(method.group_size or 4096) / (2**method.bits - 1) ** 2 / 2
+
+
+def steep(distortion: float) -> float:
+    """What a relative error of this size costs, up to a factor: more than in proportion, where second order no longer tells all."""
+    return distortion * (1 + STEEPER * distortion)
 
 
 def _priced(choice: Choice, name: str, shape: Shape, cost: Callable[[str, Method], float] | None) -> Choice:

@@ -19,7 +19,7 @@ from voroq.methods import METHODS, VPTQ, Method, probing, tile_height
 from voroq.packed.files import write_json
 from voroq.pipeline.calibration import Texts
 from voroq.pipeline.model import OpenModel, open_model
-from voroq.pipeline.plan import Budget, Plan, distortion, parse_options
+from voroq.pipeline.plan import Budget, Plan, distortion, parse_options, steep
 from voroq.pipeline.preflight import prepare
 from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.sensitivity import probe
@@ -28,8 +28,6 @@ from voroq.pipeline.work import resolve_devices
 
 RATE = ("vector_length", "table_bits", "bits", "group_size", "dim")
 """Options that set how many bits a method stores."""
-STEEPER = 3.5
-"""How much faster the divergence grows than the square of an error (measured: docs/vptq.md, "Which bits where")."""
 PROBE_SAMPLES = 64
 """Calibration windows a probe takes by default."""
 
@@ -115,11 +113,6 @@ def plan_model(
     weights = sum(math.prod(shape) for _, shape in sites)
     total = sum(row["bits"] * math.prod(row["shape"]) for row in rows) / weights
     return Planned(plan, tuple(rows), total, sum(row["kl"] for row in rows))
-
-
-def steep(distortion: float) -> float:
-    """What a relative error of this size costs, up to a factor: more than in proportion, where second order no longer tells all."""
-    return distortion * (1 + STEEPER * distortion)
 
 
 def can_plan(source: str | Path, *, device: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:

@@ -13,8 +13,8 @@ from voroq.experts import unstack_experts
 from voroq.methods import GPTQ, PVQ, VPTQ, probing
 from voroq.pipeline.gradients import output_gradients
 from voroq.pipeline.observe_test import prepared
-from voroq.pipeline.plan import Budget, Plan, distortion, make_plan
-from voroq.pipeline.planning import plan_model, read_plan, steep
+from voroq.pipeline.plan import Budget, Plan, distortion, make_plan, steep
+from voroq.pipeline.planning import plan_model, read_plan
 from voroq.pipeline.progress import Silent
 from voroq.pipeline.run import quantize_model
 from voroq.pipeline.sensitivity import divergences, probe

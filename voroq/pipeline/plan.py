@@ -64,7 +64,7 @@ class Budget:
         """
         _check_known(self.method)
         shapes = dict(sites)
-        menus = {shape: menu(self.method, dict(self.fixed), shape, float_bits, thin=cost is not None) for shape in shapes.values()}
+        menus = {shape: menu(self.method, dict(self.fixed), shape, float_bits, thin=cost is not None) for shape in set(shapes.values())}
         weights = sum(math.prod(shape) for shape in shapes.values())
         tied = {name for group in together for name in group}
         groups = [*(tuple(group) for group in together), *((name,) for name in shapes if name not in tied)]
@@ -204,9 +204,12 @@ def _vptq_menu(fixed: dict[str, Any], shape: Shape, thin: bool) -> list[VPTQ]:
 
 
 def _is_readable(method: VPTQ, width: int) -> bool:
-    """Whether a row of the main table's codes is as long as the official reader needs, in a matrix of `width` columns."""
-    _, edges = method.columns(width)
-    return (edges[1] - edges[0]) * (method.table_bits + method.residual_bits) >= LEAST_ROW
+    """Whether the official reader can read the rows of codes in a matrix of `width` columns."""
+    try:
+        method.columns(width)
+    except VoroqError:
+        return False
+    return True
 
 
 def _pyramid_menu(fixed: dict[str, Any], shape: Shape) -> list[PVQ]:

@@ -14,7 +14,7 @@ from voroq.methods import GPTQ, METHODS, PVQ, RTN, VPTQ
 from voroq.moments import Moments, observe
 from voroq.packed.format import pack, total_bytes
 from voroq.pipeline.allocation import Choice, spend
-from voroq.pipeline.plan import Budget, Plan, distortion, gaussian_factor, make_plan, menu, parse_options
+from voroq.pipeline.plan import THINNED, Budget, Plan, distortion, gaussian_factor, make_plan, menu, parse_options
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 SIDES = st.integers(6, 40)
@@ -162,6 +162,15 @@ def test_every_setting_of_a_menu_fits_and_says_its_true_price():
         for choice in menu(name, {}, (1024, 384), 16):
             assert choice.bits == choice.methods[0].stored_bits((1024, 384), 16)
             assert choice.cost > 0
+
+
+def test_menus_thin_columns_only_where_that_can_be_priced_and_read():
+    def percents(fixed: dict, width: int = 384, **how) -> set[float]:
+        return {choice.methods[0].outlier_percent for choice in menu("vptq", fixed, (1024, width), 16, **how)}
+
+    assert percents({}) == {0.0} and percents({}, thin=True) == {0.0, *THINNED}
+    assert percents({"permute": False}, thin=True) == {0.0} and percents({"outlier_percent": 2.0}, thin=True) == {2.0}
+    assert percents({"table_bits": 3}, width=8, thin=True) == {0.0, *THINNED} - {30.0, 40.0, 50.0}, "rows under 17 bits are misread"
 
 
 PAIRS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 1000)), min_size=1, max_size=5)

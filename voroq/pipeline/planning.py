@@ -93,14 +93,17 @@ def plan_model(
         measured = probe(model, Plan(None, rules), ready.windows, dtype=ready.dtype, seed=seed, folder=Path(folder), progress=progress)
     progress.done()
     dealt = [group for groups in model.interleaved.values() for group in groups] if budget.method == "vptq" else []
-
     widths = {name: shape[1] for name, shape in sites}
 
-    def cost(name: str, method: Method) -> float:
-        worth, error = measured[name], distortion(method)
+    def relative(name: str, method: Method) -> float:
+        """What the errors of a setting cost a site, up to a factor of its own."""
+        error = distortion(method)
         if isinstance(method, VPTQ) and method.outliers == "cheapest":
-            error = worth.thinning.error(method.columns(widths[name])[0], error)
-        return worth.kl * steep(error) / steep(distortion(ready.plan.method_for(name)))
+            error = measured[name].thinning.error(method.columns(widths[name])[0], error)
+        return steep(error)
+
+    def cost(name: str, method: Method) -> float:
+        return measured[name].kl * relative(name, method) / relative(name, ready.plan.method_for(name))
 
     float_bits = 8 * ready.dtype.itemsize
     plan = budget.plan(sites, float_bits=float_bits, cost=cost, together=dealt)

@@ -27,7 +27,7 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "+ tables refitted, one descent sweep", SWEPT, Effort(), ONE
     yield "+ gradients at the outputs (two-sided)", SWEPT, Effort(), TWO
     yield "+ two rounds of two sweeps", FULL, Effort(), TWO
-    yield "+ bits allocated", FULL, EFFORTS["fast"], TWO
+    yield "+ bits allocated", ALIKE, EFFORTS["fast"], TWO
     whole = EFFORTS["balanced"]
     for label, left in (
         ("+ whole-model tuning", {"moves": 0.0, "guide": 0.0, "head_rate": 0.0, "embedding_rate": 0.0}),
@@ -36,10 +36,12 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
         ("+ the head", {"embedding_rate": 0.0}),
         ("+ the embedding", {}),
     ):
-        yield label, FULL, replace(whole, tuning=replace(whole.tuning, **left)), TWO
-    yield "+ channels interleaved (balanced)", FULL, whole, INTERLEAVED
+        yield label, ALIKE, replace(whole, tuning=replace(whole.tuning, **left)), TWO
+    yield "+ channels interleaved", ALIKE, whole, INTERLEAVED
+    yield "+ cheap columns thinned (balanced)", FULL, whole, INTERLEAVED
     yield "| balanced, asymmetric", FULL, whole, {**INTERLEAVED, "mode": "asymmetric"}
-    yield "| bits allocated, channels interleaved (fast)", FULL, EFFORTS["fast"], INTERLEAVED
+    yield "| bits allocated, channels interleaved (fast)", ALIKE, EFFORTS["fast"], INTERLEAVED
+    yield "| the same with cheap columns thinned (fast)", FULL, EFFORTS["fast"], INTERLEAVED
     yield "| two rounds, guided row groups instead of two-sided", FULL, Effort(), {**ONE, "hessian": "guided"}
     yield "| two rounds, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
     yield "| two rounds, asymmetric", FULL, Effort(), {**TWO, "mode": "asymmetric"}
@@ -50,6 +52,8 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "| two rounds, columns in their own order", {**FULL, "permute": "false"}, Effort(), TWO
 
 
+ALIKE = {**FULL, "outlier_percent": "0"}
+"""Columns of a linear all at one rate: plans are free to thin the cheapest where no percentage is given."""
 OUTLIERS = {"outlier_percent": "1", "outlier_vector_length": "2", "outlier_table_bits": "6"}
 
 

@@ -56,8 +56,9 @@ def feedback(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[
         columns = slice(band.start, band.stop)
         inside = u[columns, columns].contiguous()
         target, part = _feedback_band(rest[:, columns], inside, v, PADDING * g.diagonal().mean(), band, lazy)
-        left = rest[:, columns] - band.decode(part, w.shape[0])
-        rest[:, band.stop :] -= torch.linalg.solve_triangular(inside, left, upper=True, left=False) @ u[columns, band.stop :]
+        if band.stop < w.shape[1]:
+            left = rest[:, columns] - band.decode(part, w.shape[0])
+            rest[:, band.stop :] -= torch.linalg.solve_triangular(inside, left, upper=True, left=False) @ u[columns, band.stop :]
         targets.append(target)
         codes.append(part)
     return _result(w, h, g, bands, codes, torch.cat(targets, dim=1))

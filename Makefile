@@ -14,9 +14,11 @@ test: $(VENV)/installed
 	$(BIN)/ruff check voroq tests benchmarks examples csrc
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The other end of the supported transformers window.
+# The other end of the supported transformers window: the tests that meet transformers.
+MEETING := voroq/integrations voroq/streaming_test.py tests/end_to_end_test.py tests/refusals_test.py $(patsubst %,voroq/pipeline/%_test.py,\
+	capture gradients guide interleave model observe roles rotate run source tiny_models tiny_runs)
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile voroq/integrations voroq/pipeline tests
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(MEETING)
 
 # What the official vptq package makes of our files and we of its; it lives in an environment of its own, on the CPU.
 conformance: $(VENV)/installed .venv-conformance/installed

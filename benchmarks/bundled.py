@@ -53,5 +53,5 @@ def measure(
         measured = compare(out, list(TEXTS), against=DEMO_MODEL, context=256, windows=windows, opening=opening)
     found = row("voroq", label, report["bits_per_weight"], tuple(text.perplexity for text in measured.texts))
     done = {**found, "kl": measured.kl, "seconds": seconds}
-    print(done, flush=True)
+    print({**done, "kl of each": [text.kl for text in measured.texts]}, flush=True)
     return done

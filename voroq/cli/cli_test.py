@@ -45,7 +45,7 @@ assert not heavy, heavy
 
 def test_every_command_has_help_with_examples_and_json():
     runner = CliRunner()
-    commands = ["quantize", "rotate", "eval", "inspect", "convert", "verify", "generate", "chat", "methods", "demo"]
+    commands = ["quantize", "rotate", "eval", "inspect", "convert", "verify", "generate", "write", "chat", "methods", "demo"]
     listed = runner.invoke(app, ["--help"]).stdout
     for command in commands:
         assert command in listed
@@ -110,6 +110,10 @@ def test_a_bug_keeps_its_traceback(library):
         (["generate", DEMO_MODEL, ""], "the prompt is empty"),
         (["generate", DEMO_MODEL, "x", "--max-new-tokens", "5000"], "exceed the model's 1024 positions"),
         (["generate", DEMO_MODEL, "x", "--temperature", "-1"], "--temperature"),
+        (["write", DEMO_MODEL, "own.txt"], "one that ends in .jsonl"),
+        (["write", DEMO_MODEL, "nowhere/own.jsonl"], "no folder nowhere"),
+        (["write", DEMO_MODEL, "own.jsonl", "--tokens", "1024"], "exceed the model's 1024 positions: give --tokens 1023 or less"),
+        (["write", DEMO_MODEL, "own.jsonl", "--temperature", "0"], "temperature above 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(library, capsys, argv, message):

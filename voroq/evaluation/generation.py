@@ -1,7 +1,8 @@
-"""Text from a model: a continuation, or a reply in a conversation."""
+"""Text from a model: a continuation, a reply in a conversation, or documents out of nothing."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -85,10 +86,7 @@ def generate(
     if cache is not None:
         sampling |= cache_argument(model.prepare_inputs_for_generation, cache)
     start = time.perf_counter()
-    cuda = [model.device.index or 0] if model.device.type == "cuda" else []
-    no_gradients = torch.no_grad() if cuda else torch.inference_mode()  # which hides changes of inputs (integrations/siblings.py)
-    with torch.random.fork_rng(devices=cuda), no_gradients:
-        torch.manual_seed(seed)
+    with _sampling(model, seed):
         out = model.generate(
             tokens.to(model.device),
             attention_mask=torch.ones_like(tokens, device=model.device),
@@ -97,3 +95,49 @@ def generate(
             **sampling,
         )[0, tokens.shape[1] :]
     return Generation(tokenizer.decode(out, skip_special_tokens=True), out.shape[0], time.perf_counter() - start)
+
+
+def documents(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    tokens: int,
+    batch: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Iterator[list[str]]:
+    """`count` texts that `model` writes from nothing, `batch` of them at a time, each of at most `tokens` tokens: what it was trained on,
+    as far as it remembers. They begin after the tokenizer's BOS token (EOS where it has none), and `seed` decides them.
+
+    Whatever the model's own generation config says of sampling is put aside. Raises VoroqError for numbers out of range, for more
+    tokens than positions and for a tokenizer with neither token.
+    """
+    if min(count, tokens, batch) < 1 or not 0 < temperature <= 10:
+        raise VoroqError(
+            f"{count} documents of {tokens} tokens, {batch} at a time, at temperature {temperature:g}: "
+            "give at least 1 of each and a temperature above 0, at most 10"
+        )
+    limit = max_positions(model)
+    if limit is not None and tokens >= limit:
+        raise VoroqError(f"{tokens} tokens and the one before them exceed the model's {limit} positions: give --tokens {limit - 1} or less")
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise VoroqError("the tokenizer has neither a BOS nor an EOS token to begin a document after: give a text as calibration instead")
+    plain = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1}
+    rng = torch.Generator().manual_seed(seed)
+    for start in range(0, count, batch):
+        begun = torch.full((min(batch, count - start), 1), first, device=model.device)
+        with _sampling(model, int(torch.randint(2**62, (1,), generator=rng))):
+            out = model.generate(begun, attention_mask=torch.ones_like(begun), max_new_tokens=tokens, pad_token_id=first, **plain)
+        yield tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+@contextmanager
+def _sampling(model: nn.Module, seed: int) -> Iterator[None]:
+    """No gradients, and random numbers that `seed` decides; the global random state is as it was afterwards."""
+    cuda = [model.device.index or 0] if model.device.type == "cuda" else []
+    no_gradients = torch.no_grad() if cuda else torch.inference_mode()  # which hides changes of inputs (integrations/siblings.py)
+    with torch.random.fork_rng(devices=cuda), no_gradients:
+        torch.manual_seed(seed)
+        yield

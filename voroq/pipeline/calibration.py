@@ -41,7 +41,8 @@ def calibration_windows(
     seed: int,
     progress: Progress | None = None,
 ) -> Calibration:
-    """`samples` windows of `context` tokens, drawn by `seed` among the non-overlapping windows of `source`, in the text's order.
+    """`samples` windows of `context` tokens, drawn by `seed` among the non-overlapping windows of `source`, in the order drawn: the first
+    of them, which is what gradients are taken on, are of all of the text, and of all texts where there are several.
 
     `source`: None (the bundled mixed text), a bundled name, a .txt / .jsonl / .json file, or "dataset:NAME[:CONFIG[:SPLIT]]"; of
     several the windows are drawn from all together.
@@ -53,14 +54,10 @@ def calibration_windows(
         raise VoroqError(f"{samples} windows of {context} tokens cannot calibrate: both must be 1 or more")
     texts = [calibration_text(one, characters=samples * context * DATASET_CHARACTERS_PER_TOKEN) for one in _listed(source)]
     windows = torch.cat([cut_windows(tokenize(tokenizer, text), context, name) for name, text in texts])
-    if windows.shape[0] <= samples:
-        if windows.shape[0] < samples:
-            text = f"{described(source)} has {windows.shape[0]} windows of {context} tokens, not {samples}: calibrating on all of them"
-            (progress or Silent()).warn(text)
-        chosen = windows
-    else:
-        order = torch.randperm(windows.shape[0], generator=torch.Generator().manual_seed(seed))
-        chosen = windows[order[:samples].sort().values]
+    if windows.shape[0] < samples:
+        text = f"{described(source)} has {windows.shape[0]} windows of {context} tokens, not {samples}: calibrating on all of them"
+        (progress or Silent()).warn(text)
+    chosen = windows[torch.randperm(windows.shape[0], generator=torch.Generator().manual_seed(seed))[:samples]]
     return Calibration(chosen, hashlib.sha256(chosen.numpy().tobytes() + str(tuple(chosen.shape)).encode()).hexdigest())
 
 

@@ -1,0 +1,70 @@
+"""`voroq write`: calibration text by the model itself."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from voroq.cli import options
+from voroq.cli.console import duration, emit, err
+from voroq.cli.progress import terminal_progress
+from voroq.errors import VoroqError
+
+
+def write(
+    model: options.Model,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The .jsonl file to write.", show_default=False)],
+    documents: Annotated[int, typer.Option(min=1, metavar="N", help="How many.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each at most.")] = 256,
+    temperature: options.Temperature = 1.0,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Documents at once.")] = 256,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Let MODEL write text to calibrate on, from nothing, one document a row.
+
+    A calibration text says little of what it does not hold: a model that was trained on books and is calibrated on web pages loses most
+    where it reads books. What a model writes at temperature 1 is what it was trained on, as far as it remembers. Give it beside
+    a real text (`--calibration` is repeatable), for tunings most of all.
+
+    [bold]Examples[/]
+
+      voroq write ./my-model own.jsonl
+
+      voroq quantize ./my-model out --bits 2.1 --effort best --calibration calibration-mixed --calibration own.jsonl
+    """
+    from voroq.evaluation.generation import documents as written
+    from voroq.evaluation.models import open_model
+    from voroq.packed.files import write_text
+
+    if file.suffix != ".jsonl":
+        raise VoroqError(f"{file} is not a name for rows of JSON: give one that ends in .jsonl")
+    if not file.parent.is_dir():
+        raise VoroqError(f"there is no folder {file.parent} to write {file.name} into: make it first")
+    began = time.perf_counter()
+    opened, tokenizer = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    texts: list[str] = []
+    with terminal_progress(err()) as progress:
+        for more in written(opened, tokenizer, documents, tokens=tokens, batch=batch, temperature=temperature, seed=seed):
+            texts += more
+            progress.stage(f"{len(texts)} of {documents} documents written")
+    write_text(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    report = {"file": str(file), "documents": len(texts), "characters": sum(map(len, texts)), "seconds": time.perf_counter() - began}
+    emit(report, as_json, summary(report))
+
+
+def summary(report: dict) -> Table:
+    """What was written, in a few lines."""
+    table = Table(show_header=False, box=None)
+    table.add_row("written to", report["file"])
+    table.add_row("documents", f"{report['documents']}, {report['characters']} characters")
+    table.add_row("time", duration(report["seconds"]))
+    table.add_row("calibrate on it", f"--calibration {report['file']}")
+    return table

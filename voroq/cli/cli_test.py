@@ -113,6 +113,7 @@ def test_a_bug_keeps_its_traceback(library):
         (["write", DEMO_MODEL, "own.txt"], "one that ends in .jsonl"),
         (["write", DEMO_MODEL, "nowhere/own.jsonl"], "no folder nowhere"),
         (["write", DEMO_MODEL, "own.jsonl", "--tokens", "1024"], "exceed the model's 1024 positions: give --tokens 1023 or less"),
+        (["write", DEMO_MODEL, "own.jsonl", "--begin", "nowhere"], "choose bos or anywhere"),
         (["write", DEMO_MODEL, "own.jsonl", "--temperature", "0"], "temperature above 0"),
     ],
 )

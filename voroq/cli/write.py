@@ -19,6 +19,9 @@ def write(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The .jsonl file to write.", show_default=False)],
     documents: Annotated[int, typer.Option(min=1, metavar="N", help="How many.")] = 2048,
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each at most.")] = 256,
+    begin: Annotated[
+        str, typer.Option(metavar="bos|anywhere", help="After the token that texts begin with, or with any: amid all kinds of text.")
+    ] = "bos",
     temperature: options.Temperature = 1.0,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Documents at once.")] = 256,
     seed: options.Seed = 0,
@@ -28,7 +31,7 @@ def write(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Let MODEL write text to calibrate on, from nothing, one document a row.
+    """Let MODEL write text to calibrate on, from one token on, one document a row.
 
     A calibration text says little of what it does not hold: a model that was trained on books and is calibrated on web pages loses most
     where it reads books. What a model writes at temperature 1 is what it was trained on, as far as it remembers. Give it beside
@@ -37,6 +40,8 @@ def write(
     [bold]Examples[/]
 
       voroq write ./my-model own.jsonl
+
+      voroq write ./my-model more.jsonl --begin anywhere --documents 1024
 
       voroq quantize ./my-model out --bits 2.1 --effort best --calibration calibration-mixed --calibration own.jsonl
     """
@@ -50,9 +55,10 @@ def write(
         raise VoroqError(f"there is no folder {file.parent} to write {file.name} into: make it first")
     began = time.perf_counter()
     opened, tokenizer = open_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    how = {"tokens": tokens, "begin": begin, "batch": batch, "temperature": temperature, "seed": seed}
     texts: list[str] = []
     with terminal_progress(err()) as progress:
-        for more in written(opened, tokenizer, documents, tokens=tokens, batch=batch, temperature=temperature, seed=seed):
+        for more in written(opened, tokenizer, documents, **how):
             texts += more
             progress.stage(f"{len(texts)} of {documents} documents written")
     write_text(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))

@@ -27,7 +27,7 @@ def test_it_calibrates_and_is_the_same_for_the_same_seed(tmp_path, capsys):
     assert (report["documents"], report["characters"]) == (5, sum(map(len, first)))
     assert len(first) == len(set(first)) == 5
     assert first == written(tmp_path / "again.jsonl", *few) != written(tmp_path / "other.jsonl", *few, "--seed", 1)
-    assert len(set(written(tmp_path / "cold.jsonl", *few, "--temperature", 0.01))) == 1
+    assert len(set(written(tmp_path / "cold.jsonl", *few, "--temperature", 1e-4))) == 1
     _, tokenizer = open_model(DEMO_MODEL, device="cpu")
     assert all("<s>" not in text and 0 < len(tokenizer(text)["input_ids"]) <= 24 for text in first)
     assert calibration_windows(tokenizer, tmp_path / "first.jsonl", samples=2, context=8, seed=0).windows.shape == (2, 8)
@@ -40,3 +40,11 @@ def test_it_follows_the_odds_of_the_model(tmp_path):
     for token in odds.topk(3).indices.tolist():
         expected = 512 * float(odds[token].detach())
         assert abs(texts.count(tokenizer.decode(token)) - expected) < 4 * expected**0.5
+
+
+def test_it_begins_anywhere_where_asked_to(tmp_path):
+    few = ("--documents", 400, "--tokens", 1, "--begin", "anywhere")
+    _, tokenizer = open_model(DEMO_MODEL, device="cpu")
+    firsts = [tokenizer(text)["input_ids"][0] for text in written(tmp_path / "own.jsonl", *few)]
+    assert len(set(firsts)) > 200  # of 4096
+    assert not set(firsts) & set(tokenizer.all_special_ids)

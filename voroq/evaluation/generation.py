@@ -103,15 +103,17 @@ def documents(
     count: int,
     *,
     tokens: int,
+    begin: str = "bos",
     batch: int = 256,
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Iterator[list[str]]:
-    """`count` texts that `model` writes from nothing, `batch` of them at a time, each of at most `tokens` tokens: what it was trained on,
-    as far as it remembers. They begin after the tokenizer's BOS token (EOS where it has none), and `seed` decides them.
+    """`count` texts that `model` writes from one token on, `batch` of them at a time, at most `tokens` more each: what it was trained on,
+    as far as it remembers. `begin` "bos" is after the tokenizer's BOS (EOS where it has none), as texts begin; "anywhere" is with any other
+    token of its vocabulary, which is in the middle of texts of every kind. `seed` decides them.
 
     Whatever the model's own generation config says of sampling is put aside. Raises VoroqError for numbers out of range, for more
-    tokens than positions and for a tokenizer with neither token.
+    tokens than positions and for a tokenizer without a token to begin after.
     """
     if min(count, tokens, batch) < 1 or not 0 < temperature <= 10:
         raise VoroqError(
@@ -121,16 +123,27 @@ def documents(
     limit = max_positions(model)
     if limit is not None and tokens >= limit:
         raise VoroqError(f"{tokens} tokens and the one before them exceed the model's {limit} positions: give --tokens {limit - 1} or less")
+    rng = torch.Generator().manual_seed(seed)
+    firsts = _first_tokens(tokenizer, begin)[:, None]
+    plain = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1}
+    padding = tokenizer.all_special_ids[0] if tokenizer.all_special_ids else int(firsts[0])
+    for start in range(0, count, batch):
+        begun = firsts[torch.randint(len(firsts), (min(batch, count - start),), generator=rng)].to(model.device)
+        with _sampling(model, int(torch.randint(2**62, (1,), generator=rng))):
+            out = model.generate(begun, attention_mask=torch.ones_like(begun), max_new_tokens=tokens, pad_token_id=padding, **plain)
+        yield tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, begin: str) -> Int[Tensor, "n"]:
+    """The tokens of which each document begins with one (see `documents`)."""
+    if begin == "anywhere":
+        return torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    if begin != "bos":
+        raise VoroqError(f"begin {begin!r} is unknown: choose bos or anywhere")
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise VoroqError("the tokenizer has neither a BOS nor an EOS token to begin a document after: give a text as calibration instead")
-    plain = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1}
-    rng = torch.Generator().manual_seed(seed)
-    for start in range(0, count, batch):
-        begun = torch.full((min(batch, count - start), 1), first, device=model.device)
-        with _sampling(model, int(torch.randint(2**62, (1,), generator=rng))):
-            out = model.generate(begun, attention_mask=torch.ones_like(begun), max_new_tokens=tokens, pad_token_id=first, **plain)
-        yield tokenizer.batch_decode(out, skip_special_tokens=True)
+        raise VoroqError("the tokenizer has neither a BOS nor an EOS token to begin after: give --begin anywhere")
+    return torch.tensor([first])
 
 
 @contextmanager

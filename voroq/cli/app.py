@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from voroq.cli import bench, chat, convert, demo, doctor, evaluate, inspection, methods, plan, quantize, rotate, write
+from voroq.cli import bench, chat, convert, demo, doctor, evaluate, inspection, methods, plan, prune, quantize, rotate, write
 from voroq.cli.console import error_line
 from voroq.errors import VoroqError
 
@@ -39,6 +39,7 @@ for name, function in {
     "quantize": quantize.quantize,
     "plan": plan.plan,
     "rotate": rotate.rotate,
+    "prune": prune.prune,
     "write": write.write,
     "eval": evaluate.evaluate,
     "bench": bench.bench,

@@ -40,7 +40,8 @@ def library(monkeypatch):
     has_head = {"can_plan": lambda model, **rest: seen.head}
     planning = SimpleNamespace(plan_model=plan_model, read_plan=lambda path: f"the plan in {path}", **has_head)
     monkeypatch.setitem(sys.modules, "voroq.pipeline.planning", planning)
-    run = SimpleNamespace(check_memory_of=lambda model, **rest: seen.checked.append(model))
+    checks = {"check_teacher_of": lambda model, teacher, tuning, **rest: seen.checked.append(teacher)}
+    run = SimpleNamespace(check_memory_of=lambda model, **rest: seen.checked.append(model), **checks)
     monkeypatch.setitem(sys.modules, "voroq.pipeline.run", run)
     monkeypatch.setitem(sys.modules, "voroq.front", SimpleNamespace(quantize_model=quantize_model))
     return seen

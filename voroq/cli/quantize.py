@@ -103,6 +103,12 @@ Interleave = Annotated[
         help="Reorder the channels inside MLPs (the function stays) so that every vector of weights holds large ones and small ones.",
     ),
 ]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORIGINAL", help="Tune towards the answers of this model, of which MODEL is a pruned form.", show_default=False
+    ),
+]
 TuneBlocks = Annotated[
     int, typer.Option(min=0, metavar="STEPS", help="Steps to tune every block for, towards the original block's output; 0: none.")
 ]
@@ -137,6 +143,7 @@ def quantize(
     hessian: HessianKind = Hessian.auto,
     interleave: Interleave = True,
     effort: EffortKind = None,
+    teacher: Teacher = None,
     tune_blocks: TuneBlocks = 0,
     activation_bits: options.ActivationBits = None,
     activation_kind: options.ActivationKind = "integers",
@@ -177,7 +184,7 @@ def quantize(
     from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
     from voroq.pipeline.planning import can_plan, plan_model, read_plan
-    from voroq.pipeline.run import check_memory_of
+    from voroq.pipeline.run import check_memory_of, check_teacher_of
     from voroq.tuning.loop import Tuning
 
     if effort is None:
@@ -189,13 +196,15 @@ def quantize(
     inputs = {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
     if chosen.tuning is not None:
         check_memory_of(model, **place)
+    if teacher is not None:
+        check_teacher_of(model, teacher, chosen.tuning, **place)
     if allocate is None:
         allocate = chosen.allocates(wanted) and can_plan(model, **place)
     with terminal_progress(err()) as progress:
         if allocate:
             wanted = plan_model(model, wanted, progress=progress, **shared, **place).plan
         blocks = Tuning(steps=tune_blocks) if tune_blocks else None
-        how = {"mode": mode.value, "hessian": hessian.value, "block_tuning": blocks, "tuning": chosen.tuning}
+        how = {"mode": mode.value, "hessian": hessian.value, "block_tuning": blocks, "tuning": chosen.tuning, "teacher": teacher}
         report = quantize_model(model, out, wanted, samples=samples, resume=resume, progress=progress, **how, **shared, **place, **inputs)
     emit(report, as_json, summary(report, out))
 

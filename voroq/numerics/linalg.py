@@ -1,7 +1,7 @@
 """The linear algebra of second-order rounding."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from voroq.shapes import Matrix, Square
@@ -60,6 +60,14 @@ def answering(w: Matrix, second: Square, shift: Square, damping: float) -> Matri
     mean = second.diagonal().mean().clamp_min(torch.finfo(second.dtype).tiny)
     ridge = second + torch.eye(second.shape[0], dtype=second.dtype, device=second.device) * (damping * mean)
     return w + torch.linalg.solve(ridge, (w @ shift).T).T
+
+
+def without_columns(w: Matrix, h: Square, gone: Int[Tensor, "n"]) -> Float[Tensor, "out kept"]:
+    """`w` without its columns `gone`, the others such that the outputs on inputs of second moment `h` are as near as can be:
+    W_k + W_g H_gk inv(H_kk). `h` is positive definite; columns stay in order."""
+    kept = torch.ones(w.shape[1], dtype=torch.bool, device=w.device)
+    kept[gone] = False
+    return w[:, kept] + torch.linalg.solve(h[kept][:, kept], h[kept][:, gone] @ w[:, gone].T).T
 
 
 def proxy_loss(delta: Matrix, h: Square) -> Float[Tensor, "out"]:

@@ -31,10 +31,12 @@ def tune_finished(
     windows: Int[Tensor, "windows ctx"],
     tuning: Tuning,
     *,
+    teacher: OpenModel | None,
     seed: int,
     progress: Progress,
 ) -> tuple[Entries, dict[str, Any]]:
-    """Tune the finished blocks together and put the result into their shards; the entries then, and what it came to."""
+    """Tune the finished blocks together towards `teacher` (`model` where that is None), and put the result into their shards; the
+    entries then, and what it came to."""
     began = time.perf_counter()
     if output.tuned() is None:
         progress.stage("tuning")
@@ -47,7 +49,8 @@ def tune_finished(
         free = frozenset(name for name, source in sources.items() if source is not None)
         blocks = [model.block_name(index) for index in range(model.n_blocks)]
         rest = {"seed": seed, "state": output.tuning_state, "progress": progress}
-        done = tune(original, student, windows, tuning, free=free, blocks=blocks, **rest)
+        target = original if teacher is None else teacher.whole()
+        done = tune(target, student, windows, tuning, free=free, blocks=blocks, **rest)
         changed = {sources[name]: t.to(model.source.tensors[sources[name]].dtype) for name, t in done.others.items()}
         for name, q in done.sites.items():
             changed |= {f"{name}.{key}": tensor.cpu() for key, tensor in pack(q, dtype, layout).tensors.items()}

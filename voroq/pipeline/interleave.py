@@ -9,7 +9,7 @@ Which linears those are is tried, as for rotations: a module whose output stays,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -23,14 +23,20 @@ def interleave(block: nn.Module, prefix: str, height: Callable[[str], int | None
     for one that must stay as it is. Names are full ones (`prefix` is the block's own). What the block computes does not change but for
     the order of sums. Returns the names of the linears whose rows moved, together for every MLP."""
     moved = []
-    for parent, module in block.named_modules():
-        for inner in _inside(module):
-            down, *ups = (".".join(part for part in (prefix, parent, name) if part) for name in inner.names)
-            heights = [height(name) for name in (down, *ups)]
-            if None not in heights and max(heights[1:]) > 1 and inner.is_free(module):
-                inner.reorder(strata(inner.sizes(), heights[1:]))
-                moved.append(tuple(ups))
+    for module, inner in inner_of(block, prefix):
+        heights = [height(name) for name in inner.names]
+        if None not in heights and max(heights[1:]) > 1 and inner.is_free(module):
+            inner.reorder(strata(inner.sizes(), heights[1:]))
+            moved.append(inner.names[1:])
     return moved
+
+
+def inner_of(block: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, "Inner"]]:
+    """What may be the MLPs of `block`, whose own name is `prefix`, by shape; each with the module that has its linears as children."""
+    for parent, module in block.named_modules():
+        path = [part for part in (prefix, parent) if part]
+        for inner in _inside(module):
+            yield module, replace(inner, names=tuple(".".join((*path, name)) for name in inner.names))
 
 
 def strata(sizes: Float[Tensor, "n"], heights: Sequence[int]) -> Int[Tensor, "n"]:
@@ -47,7 +53,7 @@ def strata(sizes: Float[Tensor, "n"], heights: Sequence[int]) -> Int[Tensor, "n"
 
 @dataclass(frozen=True)
 class Inner:
-    """Linears of one module: `ups` make channels, several at once where they are fused, `down` reads them."""
+    """Linears of one module: `ups` make channels, several at once where they are fused, `down` reads them. `names`: down's first."""
 
     names: tuple[str, ...]
     ups: tuple[nn.Linear, ...]

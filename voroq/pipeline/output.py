@@ -229,6 +229,12 @@ def _loader(source: Source, name: str) -> Callable[[], Tensor]:
     return lambda: source.tensor(name)
 
 
+def check_new(folder: Path) -> None:
+    """Raise VoroqError where a model cannot be written to `folder` because something is there."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise VoroqError(f"{folder} exists; choose a new folder for OUT")
+
+
 def check_disk(folder: Path, needed: int) -> None:
     """Raise VoroqError unless the disk of `folder` has room for what of `needed` bytes an interrupted run has not written yet."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())

@@ -67,7 +67,7 @@ def prepare(
     _check_shared(model, plan)
     methods = {site.name: plan.method_for(site.name) for site in sites}
     used = tuple(method for method in methods.values() if method is not None)
-    context = _context(model, context)
+    context = window_length(model, context)
     windows, fingerprint = calibration_windows(
         load_tokenizer(origin),
         calibration,
@@ -76,7 +76,7 @@ def prepare(
         seed=seed,
         progress=progress,
     )
-    _check_tokens(windows, model)
+    check_tokens(windows, model)
     settings = {
         "source": origin.fingerprint(),
         "methods": {name: None if method is None else describe(method) for name, method in methods.items()},
@@ -132,15 +132,15 @@ def _check_coverage(model: OpenModel, sites: Sequence[Site]) -> None:
         )
 
 
-def _context(model: OpenModel, asked: int | None) -> int:
-    """The window length: what was asked for, else what the model was made for, at most 2048."""
+def window_length(model: OpenModel, asked: int | None) -> int:
+    """What was asked for, else what the model was made for, at most 2048. Raises VoroqError where that exceeds its positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if asked is not None and positions is not None and asked > positions:
         raise VoroqError(f"windows of {asked} tokens exceed the model's {positions} positions; give a smaller --context")
     return default_context(positions) if asked is None else asked
 
 
-def _check_tokens(windows: torch.Tensor, model: OpenModel) -> None:
+def check_tokens(windows: torch.Tensor, model: OpenModel) -> None:
     size = getattr(model.config, "vocab_size", None)
     if size is not None and int(windows.max()) >= size:
         raise VoroqError(f"the tokenizer makes token {int(windows.max())} and the model knows {size}; the folder mixes two models")

@@ -21,7 +21,7 @@ from voroq.packed.shards import write_index
 from voroq.pipeline.compat import build_skeleton
 from voroq.pipeline.fold import Fold
 from voroq.pipeline.heads import Heads, find_heads
-from voroq.pipeline.output import check_disk, copy_companions
+from voroq.pipeline.output import check_disk, check_new, copy_companions
 from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.roles import Roles, find_roles
 from voroq.pipeline.source import INDEX, Source, open_source
@@ -59,7 +59,7 @@ def rotate_model(
     job = Rotation(origin, *_assigned(origin, skeleton, roles, turned, seed), DTYPES.get(dtype or ""))
     shards = job.shards()
     folder = Path(out)
-    _claim(folder)
+    check_new(folder)
     check_disk(folder, sum(entry.size for entries in shards.values() for entry in entries))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,11 +199,6 @@ class Disk:
     def tied(self, name: str) -> str:
         """The tensor on disk that the absent `name` shares its values with."""
         return self.need(self._weights.tied(name) or name)
-
-
-def _claim(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise VoroqError(f"{folder} exists; choose a new folder for OUT")
 
 
 def _finish(origin: Source, folder: Path, shards: Mapping[str, list[Entry]], *, untied: bool, dtype: str | None) -> None:

@@ -67,6 +67,7 @@ def quantize_model(
     resume: bool = False,
     block_tuning: Tuning | None = None,
     tuning: Tuning | None = None,
+    teacher: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -79,7 +80,8 @@ def quantize_model(
     outputs), guided (of the inputs, for every group of outputs by its gradients), or auto: two-sided where that is used and quick.
     `interleave` reorders the channels inside MLPs where vectors of weights span rows (`pipeline/interleave.py`).
     `device` is auto, cpu, cuda or a list of devices. `block_tuning` tunes every quantized block towards the original block's output
-    on the same inputs, `tuning` the whole quantized model towards the original's logits afterwards (both are then in memory).
+    on the same inputs, `tuning` the whole quantized model towards the original's logits afterwards (both are then in memory), or towards
+    those of another model, `teacher`, of which `source` is a pruned form.
     With `resume` an interrupted run goes on; the result has the same bytes.
 
     Everything that can be refused is refused before the first block. Raises VoroqError (FormatError for damaged files).
@@ -94,6 +96,7 @@ def quantize_model(
         raise VoroqError(f"{source} is already quantized (config.json has a quantization_config); give the original model")
     model = open_model(origin, device=devices[0])
     _check_modes(model, mode, hessian, tuning)
+    taught = None if teacher is None else _teacher(model, teacher, tuning, trust_remote_code)
     if tuning is not None and tuning.steps:
         check_memory(model)
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
@@ -102,6 +105,8 @@ def quantize_model(
     if interleave:
         model.interleave(lambda name: tile_height(ready.plan.method_for(name)))
     settings = {**ready.settings, "hessian": hessian, "interleave": interleave, "block_tuning": repr(block_tuning), "tuning": repr(tuning)}
+    if taught is not None:
+        settings["teacher"] = taught.source.fingerprint()
     if tuning is not None:
         context = ready.windows.shape[1]
         more, mark = calibration_windows(load_tokenizer(origin), calibration, samples=tuning.samples, context=context, seed=seed)
@@ -113,7 +118,8 @@ def quantize_model(
     entries = [run.outer(), *run.blocks(ready.windows)]
     tuned = None
     if tuning is not None and tuning.steps:
-        entries, tuned = tune_finished(model, output, ready.layout, ready.dtype, entries, more, tuning, seed=seed, progress=progress)
+        rest = {"teacher": taught, "seed": seed, "progress": progress}
+        entries, tuned = tune_finished(model, output, ready.layout, ready.dtype, entries, more, tuning, **rest)
     report = {
         "voroq_report": 1,
         "version": voroq.__version__,
@@ -137,6 +143,33 @@ def check_memory_of(source: str | Path, *, device: str, revision: str | None = N
     """Raise VoroqError where tuning all of the model in `source` would not fit into memory; for those who plan before they run."""
     origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
     check_memory(open_model(origin, device=resolve_devices(device)[0]))
+
+
+def check_teacher_of(
+    source: str | Path,
+    teacher: str | Path,
+    tuning: Tuning | None,
+    *,
+    device: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise VoroqError where `source` cannot be tuned towards `teacher`; for those who plan before they run."""
+    origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
+    _teacher(open_model(origin, device=resolve_devices(device)[0]), teacher, tuning, trust_remote_code)
+
+
+def _teacher(model: OpenModel, teacher: str | Path, tuning: Tuning | None, trust_remote_code: bool) -> OpenModel:
+    """The model to tune towards. Raises VoroqError where nothing is tuned, and where its answers or blocks are not of `model`'s kind."""
+    if tuning is None:
+        raise VoroqError("a teacher is what tuning aims at, and nothing is tuned here: leave it out, or ask for --effort balanced or best")
+    found = open_model(open_source(teacher, trust_remote_code=trust_remote_code), device=model.device)
+    ours, theirs = model.config.get_text_config(), found.config.get_text_config()
+    for what in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        mine, its = getattr(ours, what, None), getattr(theirs, what, None)
+        if mine != its:
+            raise VoroqError(f"the teacher {teacher} has {what} {its} and {model.source.name} {mine}: give the model that it was made of")
+    return found
 
 
 def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | None) -> None:

@@ -1,0 +1,210 @@
+"""Channels of MLPs that are worth next to nothing, left out: a plain model of the same architecture, a little narrower.
+
+A channel costs what its column of down costs once all others have answered (`column_costs`). The cheapest of every block go, as many in
+each, since a config has one width for all; what is left of down answers by least squares (`without_columns`), and the rows of gate and
+up go with them. The bits that they would have taken are then there for others: to quantize the rest finer costs nothing in all.
+
+Which linears those are is tried, as for interleaving, and so is which number in the config is their width.
+"""
+
+import copy
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from voroq.errors import VoroqError
+from voroq.methods.vptq import column_costs
+from voroq.numerics.linalg import damped, relative_proxy_loss, without_columns
+from voroq.packed.files import Entry, write_json, write_safetensors
+from voroq.packed.shards import write_index
+from voroq.pipeline.activations import Activations
+from voroq.pipeline.calibration import DEFAULT_SAMPLES, Texts, calibration_windows
+from voroq.pipeline.interleave import Inner, inner_of
+from voroq.pipeline.model import OpenModel, open_model
+from voroq.pipeline.observe import observe_block
+from voroq.pipeline.output import check_disk, check_new, copy_companions
+from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, TOKENS_PER_BATCH, check_tokens, window_length
+from voroq.pipeline.progress import Progress, Silent
+from voroq.pipeline.source import open_source
+from voroq.pipeline.tokenizer import load_tokenizer
+from voroq.pipeline.work import resolve_devices
+
+DAMPING = 0.01
+"""Added to the diagonal of second moments, relative to its mean."""
+SHARE, STEP = 1 / 16, 16
+"""Share of the channels left out where no number is given, and what the rest is a multiple of then."""
+
+
+def prune_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    channels: int | None = None,
+    calibration: Texts = None,
+    samples: int | None = None,
+    context: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the model `source` (folder or hub id) to the new folder `out` with `channels` of the channels in each of its MLPs; return
+    what was done. Memory holds one block.
+
+    Raises VoroqError, before anything is written, for a model without one such MLP in every block.
+    """
+    began = time.perf_counter()
+    progress = progress or Silent()
+    origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
+    model = open_model(origin, device=resolve_devices(device)[0])
+    mlps = [_mlp(model, index) for index in range(model.n_blocks)]
+    width = mlps[0].down.in_features
+    channels = max(1, int(width * (1 - SHARE)) // STEP * STEP) if channels is None else channels
+    if not 1 <= channels < width:
+        raise VoroqError(f"{channels} of {width} channels cannot be kept: give 1 to {width - 1}")
+    key = _width_key(model, mlps, channels)
+    length = window_length(model, context)
+    texts = {"samples": samples or DEFAULT_SAMPLES, "context": length, "seed": seed, "progress": progress}
+    windows, _ = calibration_windows(load_tokenizer(origin), calibration, **texts)
+    check_tokens(windows, model)
+    folder = Path(out)
+    check_new(folder)
+    check_disk(folder, sum(entry.size for entry in origin.tensors.values()))
+    job = Pruning(model, channels, max(1, TOKENS_PER_BATCH // length), progress)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            places, lost = job.write(folder, model.capture(windows, job.batch, limit=ACTIVATIONS_IN_MEMORY, folder=Path(scratch)))
+        copy_companions(origin.folder, folder, code=origin.trust_remote_code)
+        write_json(folder / "config.json", _narrowed(origin.config, key, channels))
+    except OSError as error:
+        raise VoroqError(f"cannot write to {folder}: {error.strerror}; free some space, or choose another OUT") from error
+    total = sum(math.prod(site.shape) for index in range(model.n_blocks) for site in model.sites(index))
+    gone = sum(math.prod(linear.weight.shape) for mlp in mlps for linear in (*mlp.ups, mlp.down)) * (width - channels) // width
+    return {
+        "source": str(source),
+        "channels": channels,
+        "of": width,
+        "weights": total - gone,
+        "share_of_weights": 1 - gone / total,
+        "lost": lost,
+        "tensors": len(places),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What the block loop needs."""
+
+    model: OpenModel
+    channels: int
+    batch: int
+    progress: Progress
+
+    def write(self, folder: Path, states: Activations) -> tuple[dict[str, str], list[float]]:
+        """Write all tensors, a file for every block; the file of every tensor, and the share of its output that each down loses."""
+        model, source = self.model, self.model.source
+        lost, places, size = [], {}, 0
+        count = model.n_blocks + 1
+        with states:
+            for index in range(count):
+                names, changed = model.outer_tensors(), {}
+                if index < model.n_blocks:
+                    self.progress.stage(f"pruning block {index + 1} of {model.n_blocks}")
+                    names = model.block_tensors(index)
+                    changed, share = self._block(index, states)
+                    lost.append(share)
+                file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+                entries = [
+                    Entry.of(name, changed[name])
+                    if name in changed
+                    else Entry(name, source.tensors[name].dtype, source.tensors[name].shape, lambda name=name: source.tensor(name))
+                    for name in names
+                ]
+                write_safetensors(folder / file, entries, {"format": "pt"})
+                places |= dict.fromkeys(names, file)
+                size += sum(entry.size for entry in entries)
+        write_index(folder, places, size)
+        return places, lost
+
+    def _block(self, index: int, states: Activations) -> tuple[dict[str, Tensor], float]:
+        """The MLP's tensors of block `index`, by their names on disk, and the share of its output that down loses; `states` move on."""
+        model = self.model
+        block = model.load_block(index)
+        (module, mlp) = _loaded(model, block, index)
+        if not mlp.is_free(module):
+            raise VoroqError(f"the MLP of {model.block_name(index)} depends on the order of its channels; such models cannot be pruned")
+        down = mlp.names[0]
+        moments, _ = observe_block(model, block, index, states, self.batch, sites=[down], outputs=states)
+        h, _ = damped(moments[down].hessian(), DAMPING)
+        w = mlp.down.weight.detach().float()
+        gone = column_costs(w, h).argsort(stable=True)[: w.shape[1] - self.channels]
+        kept = torch.ones(w.shape[1], dtype=torch.bool, device=w.device)
+        kept[gone] = False
+        padded = torch.zeros_like(w)
+        padded[:, kept] = without_columns(w, h, gone)
+        new = {down: padded[:, kept]} | {name: _rows(up, kept) for name, up in zip(mlp.names[1:], mlp.ups, strict=True)}
+        tensors = {}
+        for name, weight in new.items():
+            stored = model.plain_source(f"{name}.weight")
+            tensors[stored] = weight.to(model.source.tensors[stored].dtype).cpu().contiguous()
+        model.drop_block(index)
+        return tensors, relative_proxy_loss(w, padded, h)
+
+
+def _rows(up: nn.Linear, kept: Bool[Tensor, "n"]) -> Tensor:
+    """The rows of `up` that make the channels `kept`; several per channel where linears are fused."""
+    return up.weight.detach()[kept.repeat(up.out_features // kept.shape[0])]
+
+
+def _mlp(model: OpenModel, index: int) -> Inner:
+    """The MLP of block `index`, without loading it. Raises VoroqError where there is not exactly one that is stored tensor by tensor."""
+    _, mlp = _loaded(model, model.skeleton.get_submodule(model.block_name(index)), index)
+    for name in mlp.names:
+        if model.plain_source(f"{name}.weight") is None:
+            raise VoroqError(f"{name} is not stored as a tensor of its own; save the model with transformers and prune that")
+    return mlp
+
+
+def _loaded(model: OpenModel, block: nn.Module, index: int) -> tuple[nn.Module, Inner]:
+    found = list(inner_of(block, model.block_name(index)))
+    if len(found) != 1:
+        name = model.block_name(index)
+        raise VoroqError(f"{name} has {len(found)} MLPs of plain linears without biases; models with one in every block can be pruned")
+    return found[0]
+
+
+def _width_key(model: OpenModel, mlps: list[Inner], channels: int) -> str:
+    """The name of the number in the config that is the width of all `mlps` and of nothing else."""
+    width = mlps[0].down.in_features
+    wanted = {f"{name}.weight" for mlp in mlps for name in mlp.names}
+    before = {name: p.shape for name, p in model.skeleton.named_parameters()}
+    text = model.config.get_text_config()
+    for key in [key for key, value in text.to_dict().items() if value == width and not isinstance(value, bool)]:
+        config = copy.deepcopy(model.config)
+        setattr(config.get_text_config(), key, channels)
+        try:
+            with torch.device("meta"):
+                after = {name: p.shape for name, p in type(model.skeleton)(config).named_parameters()}
+        except Exception:  # any other number may be needed as it is
+            continue
+        if after.keys() == before.keys() and {name for name in after if after[name] != before[name]} == wanted:
+            return key
+    name = model.source.name
+    raise VoroqError(f"no number in the config of {name} is the width ({width}) of its MLPs alone; such models cannot be pruned")
+
+
+def _narrowed(config: dict[str, Any], key: str, channels: int) -> dict[str, Any]:
+    for part in ("text_config", "llm_config"):
+        if isinstance(config.get(part), dict) and key in config[part]:
+            return {**config, part: {**config[part], key: channels}}
+    return {**config, key: channels}

@@ -45,7 +45,7 @@ assert not heavy, heavy
 
 def test_every_command_has_help_with_examples_and_json():
     runner = CliRunner()
-    commands = ["quantize", "rotate", "eval", "inspect", "convert", "verify", "generate", "write", "chat", "methods", "demo"]
+    commands = ["quantize", "rotate", "eval", "inspect", "convert", "verify", "generate", "prune", "write", "chat", "methods", "demo"]
     listed = runner.invoke(app, ["--help"]).stdout
     for command in commands:
         assert command in listed

@@ -22,7 +22,7 @@ def test_quantize_passes_everything_on(library, capsys):
     assert kwargs == {
         "calibration": ["c.txt", "d.txt"], "samples": 7, "context": 33, "mode": "sequential", "hessian": "auto", "interleave": False,
         "device": "cpu", "seed": 5, "resume": True, "revision": "abc", "trust_remote_code": True, "block_tuning": None,
-        "tuning": None,
+        "tuning": None, "teacher": None,
     }  # fmt: skip
     assert type(kwargs["mode"]) is str
     out, err = capsys.readouterr()
@@ -35,6 +35,8 @@ def test_effort_is_a_tuning_and_options_that_yield_to_the_users(library):
     run("quantize", "in", "out", "--effort", "balanced")
     assert library.call[1]["tuning"] == EFFORTS["balanced"].tuning is not None
     assert library.checked == ["in"]
+    run("quantize", "in", "out", "--effort", "balanced", "--teacher", "whole")
+    assert library.call[1]["teacher"] == "whole" == library.checked[-1]
     run("quantize", "in", "out", "--effort", "best", "-o", "rounds=7")
     assert library.call[1]["tuning"] == EFFORTS["best"].tuning
     assert library.plan == ("vptq", None, {**EFFORTS["best"].options["vptq"], "rounds": "7"})

@@ -65,7 +65,7 @@ def prune_model(
     progress = progress or Silent()
     origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
     model = open_model(origin, device=resolve_devices(device)[0])
-    mlps = [_mlp(model, index) for index in range(model.n_blocks)]
+    mlps = [_shapes(model, index) for index in range(model.n_blocks)]
     width = mlps[0].down.in_features
     channels = max(1, int(width * (1 - SHARE)) // STEP * STEP) if channels is None else channels
     if not 1 <= channels < width:
@@ -140,9 +140,7 @@ class Pruning:
         """The MLP's tensors of block `index`, by their names on disk, and the share of its output that down loses; `states` move on."""
         model = self.model
         block = model.load_block(index)
-        (module, mlp) = _loaded(model, block, index)
-        if not mlp.is_free(module):
-            raise VoroqError(f"the MLP of {model.block_name(index)} depends on the order of its channels; such models cannot be pruned")
+        mlp = _mlp(model, block, index)
         down = mlp.names[0]
         moments, _ = observe_block(model, block, index, states, self.batch, sites=[down], outputs=states)
         h, _ = damped(moments[down].hessian(), DAMPING)
@@ -166,21 +164,24 @@ def _rows(up: nn.Linear, kept: Bool[Tensor, "n"]) -> Tensor:
     return up.weight.detach()[kept.repeat(up.out_features // kept.shape[0])]
 
 
-def _mlp(model: OpenModel, index: int) -> Inner:
-    """The MLP of block `index`, without loading it. Raises VoroqError where there is not exactly one that is stored tensor by tensor."""
-    _, mlp = _loaded(model, model.skeleton.get_submodule(model.block_name(index)), index)
-    for name in mlp.names:
-        if model.plain_source(f"{name}.weight") is None:
-            raise VoroqError(f"{name} is not stored as a tensor of its own; save the model with transformers and prune that")
-    return mlp
-
-
-def _loaded(model: OpenModel, block: nn.Module, index: int) -> tuple[nn.Module, Inner]:
-    found = list(inner_of(block, model.block_name(index)))
+def _mlp(model: OpenModel, block: nn.Module, index: int) -> Inner:
+    """The MLP of `block`, loaded. Raises VoroqError where there is not exactly one that is stored tensor by tensor."""
+    name = model.block_name(index)
+    found = [inner for module, inner in inner_of(block, name) if inner.is_free(module)]
     if len(found) != 1:
-        name = model.block_name(index)
         raise VoroqError(f"{name} has {len(found)} MLPs of plain linears without biases; models with one in every block can be pruned")
+    for part in found[0].names:
+        if model.plain_source(f"{part}.weight") is None:
+            raise VoroqError(f"{part} is not stored as a tensor of its own; save the model with transformers and prune that")
     return found[0]
+
+
+def _shapes(model: OpenModel, index: int) -> Inner:
+    """The MLP of block `index`, its weights on meta."""
+    try:
+        return _mlp(model, model.load_block(index), index)
+    finally:
+        model.drop_block(index)
 
 
 def _width_key(model: OpenModel, mlps: list[Inner], channels: int) -> str:
@@ -197,7 +198,7 @@ def _width_key(model: OpenModel, mlps: list[Inner], channels: int) -> str:
                 after = {name: p.shape for name, p in type(model.skeleton)(config).named_parameters()}
         except Exception:  # any other number may be needed as it is
             continue
-        if after.keys() == before.keys() and {name for name in after if after[name] != before[name]} == wanted:
+        if {name for name in after if after[name] != before.get(name, after[name])} == wanted:
             return key
     name = model.source.name
     raise VoroqError(f"no number in the config of {name} is the width ({width}) of its MLPs alone; such models cannot be pruned")

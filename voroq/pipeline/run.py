@@ -88,13 +88,9 @@ def quantize_model(
     """
     began = time.perf_counter()
     progress = progress or Silent()
-    if block_tuning is not None and not block_tuning.steps:
-        block_tuning = None
+    block_tuning = block_tuning if block_tuning is not None and block_tuning.steps else None
     devices = resolve_devices(device)
-    origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
-    if origin.config.get("quantization_config"):
-        raise VoroqError(f"{source} is already quantized (config.json has a quantization_config); give the original model")
-    model = open_model(origin, device=devices[0])
+    model = _original(source, devices[0], revision, trust_remote_code)
     _check_modes(model, mode, hessian, tuning)
     taught = None if teacher is None else _teacher(model, teacher, tuning, trust_remote_code)
     if tuning is not None and tuning.steps:
@@ -105,11 +101,10 @@ def quantize_model(
     if interleave:
         model.interleave(lambda name: tile_height(ready.plan.method_for(name)))
     settings = {**ready.settings, "hessian": hessian, "interleave": interleave, "block_tuning": repr(block_tuning), "tuning": repr(tuning)}
-    if taught is not None:
-        settings["teacher"] = taught.source.fingerprint()
+    settings |= {} if taught is None else {"teacher": taught.source.fingerprint()}
     if tuning is not None:
         context = ready.windows.shape[1]
-        more, mark = calibration_windows(load_tokenizer(origin), calibration, samples=tuning.samples, context=context, seed=seed)
+        more, mark = calibration_windows(load_tokenizer(model.source), calibration, samples=tuning.samples, context=context, seed=seed)
         settings["tuning"] += f" on {more.shape[0]} windows with the hash {mark[:16]}"
     output = Output(Path(out), model.n_blocks, settings, resume=resume)
     if output.report is not None:
@@ -130,13 +125,19 @@ def quantize_model(
         "seed": seed,
         "calibration": {"text": described_text(calibration), **dict(zip(("samples", "context"), ready.windows.shape, strict=True))},
     }
-    report |= {**totals(origin, entries, began), "tuning": tuned, "settings": settings}
-    specs: dict[str, Spec] = {}
-    for entry in entries:
-        specs.update({name: spec_type(ready.layout).from_json(data, name) for name, data in entry["specs"].items()})
-    output.finish(origin, specs, ready.layout, frozenset(name for entry in entries for name in entry["biased"]), report)
+    report |= {**totals(model.source, entries, began), "tuning": tuned, "settings": settings}
+    read = spec_type(ready.layout).from_json
+    specs: dict[str, Spec] = {name: read(data, name) for entry in entries for name, data in entry["specs"].items()}
+    output.finish(model.source, specs, ready.layout, frozenset(name for entry in entries for name in entry["biased"]), report)
     progress.done()
     return report
+
+
+def _original(source: str | Path, device: torch.device, revision: str | None, trust_remote_code: bool) -> OpenModel:
+    origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
+    if origin.config.get("quantization_config"):
+        raise VoroqError(f"{source} is already quantized (config.json has a quantization_config); give the original model")
+    return open_model(origin, device=device)
 
 
 def check_memory_of(source: str | Path, *, device: str, revision: str | None = None, trust_remote_code: bool = False) -> None:

@@ -16,7 +16,7 @@ test: $(VENV)/installed
 
 # The other end of the supported transformers window: the tests that meet transformers.
 MEETING := voroq/integrations voroq/streaming_test.py tests/end_to_end_test.py tests/hostile_test.py tests/refusals_test.py $(patsubst %,voroq/pipeline/%_test.py,\
-	calibration capture gradients guide interleave model observe roles rotate run source text tiny_models tiny_runs tune)
+	calibration capture gradients guide interleave model observe prune roles rotate run source text tiny_models tiny_runs tune)
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(MEETING)
 

@@ -16,7 +16,7 @@ def prune(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The new folder to write.", show_default=False)],
     channels: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Channels of every MLP to keep. Default: 15 of 16, in whole sixteens.", show_default=False),
+        typer.Option(min=1, metavar="N", help="Channels of every MLP to keep. Default: 15 of 16.", show_default=False),
     ] = None,
     calibration: CalibrationSource = None,
     samples: Samples = None,

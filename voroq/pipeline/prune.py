@@ -38,8 +38,8 @@ from voroq.pipeline.work import resolve_devices
 
 DAMPING = 0.01
 """Added to the diagonal of second moments, relative to its mean."""
-SHARE, STEP = 1 / 16, 16
-"""Share of the channels left out where no number is given, and what the rest is a multiple of then."""
+PART = 16
+"""Of so many channels one is left out where no number is given."""
 
 
 def prune_model(
@@ -67,7 +67,7 @@ def prune_model(
     model = open_model(origin, device=resolve_devices(device)[0])
     mlps = [_shapes(model, index) for index in range(model.n_blocks)]
     width = mlps[0].down.in_features
-    channels = max(1, int(width * (1 - SHARE)) // STEP * STEP) if channels is None else channels
+    channels = width - width // PART if channels is None else channels
     if not 1 <= channels < width:
         raise VoroqError(f"{channels} of {width} channels cannot be kept: give 1 to {width - 1}")
     key = _width_key(model, mlps, channels)
@@ -82,7 +82,7 @@ def prune_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
-            places, lost = job.write(folder, model.capture(windows, job.batch, limit=ACTIVATIONS_IN_MEMORY, folder=Path(scratch)))
+            lost = job.write(folder, model.capture(windows, job.batch, limit=ACTIVATIONS_IN_MEMORY, folder=Path(scratch)))
         copy_companions(origin.folder, folder, code=origin.trust_remote_code)
         write_json(folder / "config.json", _narrowed(origin.config, key, channels))
     except OSError as error:
@@ -96,7 +96,6 @@ def prune_model(
         "weights": total - gone,
         "share_of_weights": 1 - gone / total,
         "lost": lost,
-        "tensors": len(places),
         "seconds": time.perf_counter() - began,
     }
 
@@ -110,8 +109,8 @@ class Pruning:
     batch: int
     progress: Progress
 
-    def write(self, folder: Path, states: Activations) -> tuple[dict[str, str], list[float]]:
-        """Write all tensors, a file for every block; the file of every tensor, and the share of its output that each down loses."""
+    def write(self, folder: Path, states: Activations) -> list[float]:
+        """Write all tensors, a file for every block; the share of its output that each down loses."""
         model, source = self.model, self.model.source
         lost, places, size = [], {}, 0
         count = model.n_blocks + 1
@@ -134,7 +133,7 @@ class Pruning:
                 places |= dict.fromkeys(names, file)
                 size += sum(entry.size for entry in entries)
         write_index(folder, places, size)
-        return places, lost
+        return lost
 
     def _block(self, index: int, states: Activations) -> tuple[dict[str, Tensor], float]:
         """The MLP's tensors of block `index`, by their names on disk, and the share of its output that down loses; `states` move on."""

@@ -74,6 +74,9 @@ def test_the_cheapest_go_and_the_same_again(tmp_path):
     reports = [prune(source, tmp_path / str(n), n) for n in (47, 40, 24)]
     lost = [sum(report["lost"]) for report in reports]
     assert 0 < lost[0] < lost[1] < lost[2]
+    down = "model.layers.0.mlp.down_proj.weight"
+    old, new = tensors(source)[down], tensors(tmp_path / "40")[down]
+    assert not (new[:, :, None] == old[:, None, :]).all(0).any()  # no column is as it was: all answer
     prune(source, tmp_path / "again", 40)
     assert content(tmp_path / "40") == content(tmp_path / "again")
     assert json.loads((tmp_path / "40" / "config.json").read_text())["intermediate_size"] == 40

@@ -54,7 +54,7 @@ def test_no_steps_change_no_byte(source, tmp_path):
 @pytest.mark.parametrize("method", ["vptq", "gptq"])
 def test_steps_lower_the_divergence_and_leave_the_codes(method, source, tmp_path):
     quick_run(source, tmp_path / "plain", QUICK[method])
-    tuned = quick_run(source, tmp_path / "tuned", QUICK[method], tuning=SOME)["tuning"]
+    tuned = quick_run(source, tmp_path / "tuned", QUICK[method], tuning=replace(SOME, samples=24, steps=20))["tuning"]
     assert tuned["kl_after"] < tuned["kl_before"]
     before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
@@ -227,9 +227,9 @@ def test_what_does_not_fit_into_memory_is_refused_before_any_work(source, tmp_pa
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 @pytest.mark.parametrize("name", ["vptq", "gptq"])
 def test_tuned_blocks_answer_more_like_the_original_and_keep_their_codes(name, mode, source, tmp_path):
-    tuning = replace(SOME, steps=12, rate=0.002)
-    quick_run(source, tmp_path / "plain", QUICK[name], mode=mode)
-    report = quick_run(source, tmp_path / "tuned", QUICK[name], mode=mode, block_tuning=tuning)
+    tuning = replace(SOME, steps=20, samples=24, rate=0.002)
+    quick_run(source, tmp_path / "plain", QUICK[name], mode=mode, samples=24)
+    report = quick_run(source, tmp_path / "tuned", QUICK[name], mode=mode, samples=24, block_tuning=tuning)
     assert all(block["after"] <= block["before"] for block in report["block_tuning"])  # chosen by held-out windows
     assert any(block["after"] < block["before"] for block in report["block_tuning"])
     before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")

@@ -1,7 +1,6 @@
 """A pruned model is the original where the channels were worth nothing, nearest to it elsewhere, and a model like any other."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from voroq.cli import main
 from voroq.errors import VoroqError
 from voroq.numerics.linalg import without_columns
+from voroq.pipeline import tune as pipeline_tune
+from voroq.pipeline.model import open_model
 from voroq.pipeline.prune import prune_model
+from voroq.pipeline.source import open_source
 from voroq.pipeline.tiny_models_test import tiny_tokens
 from voroq.pipeline.tiny_runs_test import QUICK, content, quick_run, tiny_source
+from voroq.pipeline.tune import check_memory
 from voroq.tuning.loop import Tuning
 
 TUNED = Tuning(steps=2, samples=6, batch=2, precision="float32")
@@ -128,8 +131,17 @@ def test_a_teacher_of_another_kind_or_without_tuning_is_refused(tmp_path):
     with pytest.raises(VoroqError, match="nothing is tuned"):
         quick_run(source, tmp_path / "out", teacher=source)
     with pytest.raises(VoroqError, match=r"has hidden_size 64 and .* 32: give the model that it was made of"):
-        quick_run(source, tmp_path / "out", tuning=replace(TUNED), teacher=other)
+        quick_run(source, tmp_path / "out", tuning=TUNED, teacher=other)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_teacher_needs_room_too(tmp_path, monkeypatch):
+    source = tiny_source(tmp_path / "in")
+    model = open_model(open_source(source), device="cpu")
+    monkeypatch.setattr(pipeline_tune, "free_memory", lambda device: pipeline_tune.tuning_bytes(model))
+    check_memory(model)
+    with pytest.raises(VoroqError, match="GB of memory"):
+        check_memory(model, model)
 
 
 def test_the_command_line_prunes(tmp_path, capsys):

@@ -94,7 +94,7 @@ def quantize_model(
     _check_modes(model, mode, hessian, tuning)
     taught = None if teacher is None else _teacher(model, teacher, tuning, trust_remote_code)
     if tuning is not None and tuning.steps:
-        check_memory(model)
+        check_memory(model, taught)
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
     hessian = _resolved(model, hessian, ready.methods, devices)
     check_disk(Path(out), ready.bytes + (_gradient_bytes(model, ready.windows) if hessian != "input" else 0))

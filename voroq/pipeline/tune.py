@@ -37,9 +37,10 @@ PER_WEIGHT, PER_LOGIT = 36, 24
 """Bytes: of a quantized weight its value, gradient, latent and that one's moments, code, and copies in the making; of a logit."""
 
 
-def check_memory(model: OpenModel) -> None:
-    """Raise VoroqError where `model` is too large to be tuned as a whole on its device, before any work is lost."""
-    needed, free = tuning_bytes(model), free_memory(model.device)
+def check_memory(model: OpenModel, teacher: OpenModel | None = None) -> None:
+    """Raise VoroqError where `model` is too large to be tuned as a whole on its device, `teacher` beside it, before any work is lost."""
+    more = 0 if teacher is None else 4 * sum(p.numel() for p in teacher.skeleton.parameters())
+    needed, free = tuning_bytes(model) + more, free_memory(model.device)
     if free is not None and needed > free:
         raise VoroqError(
             f"tuning the whole model takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free on {model.device}; leave "

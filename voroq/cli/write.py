@@ -22,7 +22,7 @@ def write(
     begin: Annotated[
         str, typer.Option(metavar="bos|anywhere", help="After the token that texts begin with, or with any: amid all kinds of text.")
     ] = "bos",
-    temperature: options.Temperature = 1.0,
+    temperature: Annotated[float, typer.Option(metavar="T", help="1 writes as the model says; less is tamer, and narrower.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Documents at once.")] = 256,
     seed: options.Seed = 0,
     device: options.Device = "auto",

@@ -140,6 +140,11 @@ def window_length(model: OpenModel, asked: int | None) -> int:
     return default_context(positions) if asked is None else asked
 
 
+def windows_at_once(context: int) -> int:
+    """Windows in one forward pass of a block."""
+    return max(1, TOKENS_PER_BATCH // context)
+
+
 def check_tokens(windows: torch.Tensor, model: OpenModel) -> None:
     size = getattr(model.config, "vocab_size", None)
     if size is not None and int(windows.max()) >= size:

@@ -30,7 +30,7 @@ from voroq.pipeline.interleave import Inner, inner_of
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import observe_block
 from voroq.pipeline.output import check_disk, check_new, copy_companions
-from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, TOKENS_PER_BATCH, check_tokens, window_length
+from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, check_tokens, window_length, windows_at_once
 from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tokenizer import load_tokenizer
@@ -78,7 +78,7 @@ def prune_model(
     folder = Path(out)
     check_new(folder)
     check_disk(folder, sum(entry.size for entry in origin.tensors.values()))
-    job = Pruning(model, channels, max(1, TOKENS_PER_BATCH // length), progress)
+    job = Pruning(model, channels, windows_at_once(length), progress)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:

@@ -38,7 +38,7 @@ from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import borrow_prior, observe_block, observe_shift, run_block
 from voroq.pipeline.output import Output, check_disk
 from voroq.pipeline.plan import Budget, Plan
-from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, TOKENS_PER_BATCH, prepare
+from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, prepare, windows_at_once
 from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tokenizer import load_tokenizer
@@ -189,12 +189,7 @@ def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | Non
 
 def _gradient_bytes(model: OpenModel, windows: torch.Tensor) -> int:
     width = getattr(model.config.get_text_config(), "hidden_size", 0)
-    return stored_bytes(*windows.shape, _batch(windows), width, model.n_blocks, ACTIVATIONS_IN_MEMORY)
-
-
-def _batch(windows: torch.Tensor) -> int:
-    """Windows in one forward pass of a block."""
-    return max(1, TOKENS_PER_BATCH // windows.shape[1])
+    return stored_bytes(*windows.shape, windows_at_once(windows.shape[1]), width, model.n_blocks, ACTIVATIONS_IN_MEMORY)
 
 
 def _resolved(model: OpenModel, hessian: str, methods: Sequence[Method], devices: Sequence[torch.device]) -> str:
@@ -241,7 +236,7 @@ class Run:
         self.progress.start(self.model.n_blocks, left)
         if None not in entries:
             return entries
-        batch = _batch(windows)
+        batch = windows_at_once(windows.shape[1])
         self.progress.stage("embedding the calibration text")
         last = max(index for index, entry in enumerate(entries) if entry is None)
         others = block_batches(self.block_tuning, tuple(windows.shape), self.seed) if self.block_tuning is not None else ()

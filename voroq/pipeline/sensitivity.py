@@ -26,7 +26,7 @@ from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_g
 from voroq.pipeline.model import OpenModel
 from voroq.pipeline.observe import observe_block, run_block
 from voroq.pipeline.plan import Plan
-from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, TOKENS_PER_BATCH
+from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, windows_at_once
 from voroq.pipeline.progress import Progress
 from voroq.pipeline.work import generator
 from voroq.quantized import narrow
@@ -50,7 +50,7 @@ def probe(
     if model.skeleton.get_output_embeddings() is None:
         name = model.source.name
         raise VoroqError(f"{name} has no language model head, so what its layers are worth cannot be measured; give --bits alone")
-    batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+    batch = windows_at_once(windows.shape[1])
     windows = windows[: gradient_windows(*windows.shape, batch)]
     found: dict[str, Worth] = {}
     with model.capture(windows, batch, limit=ACTIVATIONS_IN_MEMORY, folder=folder) as states:

@@ -41,18 +41,21 @@ def measure(
     calibration: str | Sequence[str] = "calibration-c4",
     interleave: bool = True,
     channels: int | None = None,
+    prune_steps: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """The row of `plan` at `effort`, calibrated on `samples` windows; seconds are those of pruning, planning, quantizing and tuning.
 
-    With `channels` MLPs are pruned to so many first, and the budget's bits are for the weights of the model as it was.
+    With `channels` MLPs are pruned to so many first, and tuned for `prune_steps`; the budget's bits are for the weights of the model as
+    it was.
     """
     text = {"calibration": calibration, "context": 256}
     with tempfile.TemporaryDirectory() as folder:
         out, began, source, share = str(Path(folder) / "model"), time.perf_counter(), DEMO_MODEL, 1.0
         if channels:
             source = Path(folder) / "pruned"
-            share = prune_model(DEMO_MODEL, source, **text, channels=channels, samples=samples)["share_of_weights"]
+            pruned = prune_model(DEMO_MODEL, source, **text, channels=channels, steps=prune_steps, samples=samples)
+            share = pruned["share_of_weights"]
             plan = replace(plan, bits=plan.bits / share)
             options |= {"teacher": DEMO_MODEL} if effort.tuning else {}
         if effort.allocates(plan):

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--method", default="", choices=["", "vptq", "pvq", "gptq"], help="only the rows of this method")
     parser.add_argument("--calibration", action="append", metavar="TEXT", help="another text than the reference's; repeatable")
     parser.add_argument("--channels", type=int, default=0, metavar="N", help="prune MLPs to so many first; bits are per weight of before")
+    parser.add_argument("--prune-steps", type=int, default=0, metavar="N", help="and tune for so many steps what is left of them")
     args = parser.parse_args()
     calibration = args.calibration or ["calibration-c4"]
     samples, windows = (32, 10) if args.quick else (512, 100)
@@ -64,7 +65,9 @@ def main() -> None:
             plan = make_plan(method, bits, work.completed(method, options))
             label += f" --effort {effort}" + "".join(f" --calibration {text}" for text in args.calibration or [])
             label += f" --channels {args.channels}" if args.channels else ""
-            rows.append(measure(label, plan, work, samples=samples, windows=windows, calibration=calibration, channels=args.channels))
+            label += f" --prune-steps {args.prune_steps}" if args.prune_steps else ""
+            pruned = {"channels": args.channels, "prune_steps": args.prune_steps}
+            rows.append(measure(label, plan, work, samples=samples, windows=windows, calibration=calibration, **pruned))
     publish(f"bundled model, {' + '.join(calibration)}, context 256, total bits per weight", rows, args, samples=samples, windows=windows)
 
 

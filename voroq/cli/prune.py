@@ -18,6 +18,10 @@ def prune(
         int | None,
         typer.Option(min=1, metavar="N", help="Channels of every MLP to keep. Default: 15 of 16.", show_default=False),
     ] = None,
+    steps: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Steps of tuning what is left towards MODEL, two models in memory. Default: none."),
+    ] = 0,
     calibration: CalibrationSource = None,
     samples: Samples = None,
     context: Context = None,
@@ -37,11 +41,13 @@ def prune(
 
       voroq prune ./my-model pruned --channels 10240
 
+      voroq prune ./my-model pruned --channels 9216 --steps 300
+
       voroq quantize pruned out --bits 2.2 --teacher ./my-model
     """
     from voroq.pipeline.prune import prune_model
 
-    given = {"calibration": calibration or None, "samples": samples, "context": context, "device": device, "seed": seed}
+    given = {"steps": steps, "calibration": calibration or None, "samples": samples, "context": context, "device": device, "seed": seed}
     with terminal_progress(err()) as progress:
         report = prune_model(
             model, out, channels=channels, revision=revision, trust_remote_code=trust_remote_code, progress=progress, **given
@@ -56,6 +62,9 @@ def summary(report: dict, out: str) -> Table:
     table.add_row("channels", f"{report['channels']} of {report['of']} in every MLP")
     table.add_row("weights", f"{report['weights']}, {100 * report['share_of_weights']:.1f} % of the blocks' linears")
     table.add_row("lost", f"{100 * max(report['lost']):.2g} % of an MLP's output (mean square), at most")
+    if report["tuning"]:
+        found = report["tuning"]
+        table.add_row("tuned", f"{found['steps']} steps: KL to {report['source']} {found['kl_before']:.4f} -> {found['kl_after']:.4f}")
     table.add_row("time", duration(report["seconds"]))
     table.add_row("check it", f"voroq eval {out} --against {report['source']}")
     return table

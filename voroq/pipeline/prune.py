@@ -5,18 +5,24 @@ each, since a config has one width for all; what is left of down answers by leas
 up go with them. The bits that they would have taken are then there for others: to quantize the rest finer costs nothing in all.
 
 Which linears those are is tried, as for interleaving, and so is which number in the config is their width.
+
+Least squares answer for one MLP's output. What leaving out still costs the answers of the model, tuning lowers: some steps towards the
+model as it was, of all linears of the blocks (`ANSWERING`).
 """
 
 import copy
 import math
+import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from voroq.errors import VoroqError
@@ -32,14 +38,18 @@ from voroq.pipeline.observe import observe_block
 from voroq.pipeline.output import check_disk, check_new, copy_companions
 from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, check_tokens, window_length, windows_at_once
 from voroq.pipeline.progress import Progress, Silent
-from voroq.pipeline.source import open_source
+from voroq.pipeline.source import INDEX, Source, open_source
 from voroq.pipeline.tokenizer import load_tokenizer
+from voroq.pipeline.tune import Tuned, check_memory, tune
 from voroq.pipeline.work import resolve_devices
+from voroq.tuning.loop import Tuning
 
 DAMPING = 0.01
 """Added to the diagonal of second moments, relative to its mean."""
 PART = 16
 """Of so many channels one is left out where no number is given."""
+ANSWERING = Tuning(samples=8192, batch=4, norm_rate=0.0001, weight_rate=0.0005, guide=1.0)
+"""How the rest of the model is tuned to answer for what was left out; `steps` are asked for."""
 
 
 def prune_model(
@@ -47,6 +57,7 @@ def prune_model(
     out: str | Path,
     *,
     channels: int | None = None,
+    steps: int = 0,
     calibration: Texts = None,
     samples: int | None = None,
     context: int | None = None,
@@ -56,10 +67,10 @@ def prune_model(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the model `source` (folder or hub id) to the new folder `out` with `channels` of the channels in each of its MLPs; return
-    what was done. Memory holds one block.
+    """Write the model `source` (folder or hub id) to the new folder `out` with `channels` of the channels in each of its MLPs, and tune
+    what is left towards `source` for `steps` steps; return what was done. Memory holds one block, with steps two models.
 
-    Raises VoroqError, before anything is written, for a model without one such MLP in every block.
+    Raises VoroqError, before anything is written, for a model without one such MLP in every block, or one too large to be tuned.
     """
     began = time.perf_counter()
     progress = progress or Silent()
@@ -71,20 +82,31 @@ def prune_model(
     if not 1 <= channels < width:
         raise VoroqError(f"{channels} of {width} channels cannot be kept: give 1 to {width - 1}")
     key = _width_key(model, mlps, channels)
-    length = window_length(model, context)
-    texts = {"samples": samples or DEFAULT_SAMPLES, "context": length, "seed": seed, "progress": progress}
-    windows, _ = calibration_windows(load_tokenizer(origin), calibration, **texts)
+    tuning = replace(ANSWERING, steps=steps)
+    if steps:
+        _check_tunable(model)
+    tokenizer, length = load_tokenizer(origin), window_length(model, context)
+    texts = {"context": length, "seed": seed, "progress": progress}
+    windows, _ = calibration_windows(tokenizer, calibration, samples=samples or DEFAULT_SAMPLES, **texts)
+    more = calibration_windows(tokenizer, calibration, samples=tuning.samples, **texts)[0] if steps else windows
     check_tokens(windows, model)
     folder = Path(out)
     check_new(folder)
-    check_disk(folder, sum(entry.size for entry in origin.tensors.values()))
+    check_disk(folder, (2 if steps else 1) * sum(entry.size for entry in origin.tensors.values()))
     job = Pruning(model, channels, windows_at_once(length), progress)
+    tuned = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            lost = job.write(folder, model.capture(windows, job.batch, limit=ACTIVATIONS_IN_MEMORY, folder=Path(scratch)))
-        copy_companions(origin.folder, folder, code=origin.trust_remote_code)
-        write_json(folder / "config.json", _narrowed(origin.config, key, channels))
+        with ExitStack() as stack:
+            first = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))) if steps else folder
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            lost = job.write(first, model.capture(windows, job.batch, limit=ACTIVATIONS_IN_MEMORY, folder=scratch))
+            copy_companions(origin.folder, first, code=origin.trust_remote_code)
+            write_json(first / "config.json", _narrowed(origin.config, key, channels))
+            if steps:
+                tuned = _taught(model, first, folder, more, tuning, seed=seed, progress=progress)
+                copy_companions(origin.folder, folder, code=origin.trust_remote_code)
+                write_json(folder / "config.json", _narrowed(origin.config, key, channels))
     except OSError as error:
         raise VoroqError(f"cannot write to {folder}: {error.strerror}; free some space, or choose another OUT") from error
     total = sum(math.prod(site.shape) for index in range(model.n_blocks) for site in model.sites(index))
@@ -96,8 +118,41 @@ def prune_model(
         "weights": total - gone,
         "share_of_weights": 1 - gone / total,
         "lost": lost,
+        "tuning": tuned and {"steps": tuned.steps, "kl_before": tuned.before, "kl_after": tuned.after},
         "seconds": time.perf_counter() - began,
     }
+
+
+def _check_tunable(model: OpenModel) -> None:
+    if model.skeleton.get_output_embeddings() is None:
+        raise VoroqError(f"{model.source.name} has no language model head, so there are no logits to tune towards; leave steps out")
+    check_memory(model, model)
+
+
+def _taught(
+    model: OpenModel, first: Path, folder: Path, windows: Int[Tensor, "windows ctx"], tuning: Tuning, *, seed: int, progress: Progress
+) -> Tuned:
+    """Tune the pruned model in `first` towards `model` and write its tensors to `folder`, file by file."""
+    source = open_source(first, trust_remote_code=model.source.trust_remote_code)
+    pruned = open_model(source, device=model.device)
+    stored = {name: pruned.plain_source(name) for name, _ in pruned.skeleton.named_parameters()}
+    free = frozenset(name for name, found in stored.items() if found is not None)
+    blocks = [pruned.block_name(index) for index in range(pruned.n_blocks)]
+    rest = {"blocks": blocks, "seed": seed, "state": first / "state", "progress": progress}
+    done = tune(model.whole(), pruned.whole(), windows, tuning, free=free, **rest)
+    changed = {stored[name]: t.to(source.tensors[stored[name]].dtype).cpu() for name, t in done.others.items()}
+    for file in source.files():
+        names = [name for name, entry in source.tensors.items() if entry.file == file]
+        write_safetensors(folder / file, [_entry(source, name, changed) for name in names], {"format": "pt"})
+    shutil.copy(first / INDEX, folder / INDEX)
+    return done
+
+
+def _entry(source: Source, name: str, changed: Mapping[str, Tensor]) -> Entry:
+    """The tensor `name` to be written, as it is in `source` unless `changed`."""
+    if name in changed:
+        return Entry.of(name, changed[name].contiguous())
+    return Entry(name, source.tensors[name].dtype, source.tensors[name].shape, lambda: source.tensor(name))
 
 
 @dataclass(frozen=True)
@@ -123,12 +178,7 @@ class Pruning:
                     changed, share = self._block(index, states)
                     lost.append(share)
                 file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-                entries = [
-                    Entry.of(name, changed[name])
-                    if name in changed
-                    else Entry(name, source.tensors[name].dtype, source.tensors[name].shape, lambda name=name: source.tensor(name))
-                    for name in names
-                ]
+                entries = [_entry(source, name, changed) for name in names]
                 write_safetensors(folder / file, entries, {"format": "pt"})
                 places |= dict.fromkeys(names, file)
                 size += sum(entry.size for entry in entries)

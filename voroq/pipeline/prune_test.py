@@ -126,6 +126,36 @@ def test_a_pruned_model_is_tuned_towards_what_it_was(tmp_path):
         assert mark == content(tmp_path / "itself")[file]
 
 
+def test_steps_bring_what_is_left_nearer_to_the_model(tmp_path):
+    source = tiny_source(tmp_path / "in")
+    more = {"calibration": source / "text.txt", "samples": 48, "context": 16, "device": "cpu", "channels": 24}
+    prune_model(source, tmp_path / "plain", **more)
+    report = prune_model(source, tmp_path / "tuned", steps=30, **more)
+    assert report["tuning"]["steps"] == 30 and 0 < report["tuning"]["kl_after"] < report["tuning"]["kl_before"]
+    plain, tuned = tensors(tmp_path / "plain"), tensors(tmp_path / "tuned")
+    assert {name: (t.dtype, t.shape) for name, t in plain.items()} == {name: (t.dtype, t.shape) for name, t in tuned.items()}
+    changed = {name for name in plain if not torch.equal(plain[name], tuned[name])}
+    assert changed == {name for name in plain if ".layers." in name or name == "model.norm.weight"}
+    original = logits(source).log_softmax(-1)
+    far = [(original.exp() * (original - logits(tmp_path / name).log_softmax(-1))).sum(-1).mean() for name in ("plain", "tuned")]
+    assert far[1] < far[0]
+    assert sorted(content(tmp_path / "plain")) == sorted(content(tmp_path / "tuned"))  # and nothing is left lying about
+    prune_model(source, tmp_path / "again", steps=30, **more)
+    assert content(tmp_path / "tuned") == content(tmp_path / "again")
+
+
+def test_what_cannot_be_tuned_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    source = tiny_source(tmp_path / "in")
+    monkeypatch.setattr(pipeline_tune, "free_memory", lambda device: 1000)
+    with pytest.raises(VoroqError, match="GB of memory"):
+        prune(source, tmp_path / "out", 40, steps=1)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    with pytest.raises(VoroqError, match="no language model head"):
+        prune(source, tmp_path / "out", 40, steps=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_teacher_of_another_kind_or_without_tuning_is_refused(tmp_path):
     source, other = tiny_source(tmp_path / "in"), tiny_source(tmp_path / "other", "Qwen3", hidden_size=64)
     with pytest.raises(VoroqError, match="nothing is tuned"):
@@ -147,10 +177,11 @@ def test_the_teacher_needs_room_too(tmp_path, monkeypatch):
 def test_the_command_line_prunes(tmp_path, capsys):
     source = tiny_source(tmp_path / "in")
     words = ["--channels", "40", "--calibration", str(source / "text.txt"), "--context", "16", "--samples", "6", "--device", "cpu"]
-    for extra in ([], ["--json"]):
+    for extra in ([], ["--json"], ["--steps", "2"]):
         out = tmp_path / f"out{len(extra)}"
         with pytest.raises(SystemExit) as caught:
             main(["prune", str(source), str(out), *words, *extra])
         assert caught.value.code == 0
         said = capsys.readouterr().out
-        assert (json.loads(said)["channels"] == 40) if extra else ("40 of 48 in every MLP" in said)
+        assert (json.loads(said)["channels"] == 40) if extra == ["--json"] else ("40 of 48 in every MLP" in said)
+        assert ("2 steps: KL to" in said) == ("--steps" in extra)

@@ -81,16 +81,16 @@ def tune(
 ) -> Tuned:
     """Tune `student`, whose quantized linears are `Trainable`s, towards `original`, and say what became of its parameters.
 
-    Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned, and head and embedding where they have a
-    rate. `blocks` are the names of the models' blocks in order, whose outputs guide where `tuning` says so. `state` is the file the
-    progress is saved to and continued from. Raises VoroqError where the loss stops being finite.
+    Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned, and head, embedding and the blocks' other
+    linears where they have a rate. `blocks` are the names of the models' blocks in order, whose outputs guide where `tuning` says so.
+    `state` is the file the progress is saved to and continued from. Raises VoroqError where the loss stops being finite.
     """
     device = next(original.parameters()).device
     student.requires_grad_(False)
     sites = _trainables(student)
     own = tuple(f"{name}.stored." for name in sites)
     norms = {name: p for name, p in student.named_parameters() if p.dim() == 1 and name in free and not name.startswith(own)}
-    plain = {name: (p, tuning.norm_rate) for name, p in norms.items()} | _ends(student, free, tuning)
+    plain = {name: (p, tuning.norm_rate) for name, p in norms.items()} | _matrices(student, free, blocks, tuning)
 
     def loss(rows: Int[Tensor, "w"]) -> Tensor:
         tokens = windows[rows].to(device)
@@ -165,14 +165,16 @@ def student_of(original: nn.Module, sites: Mapping[str, Quantized], whole: Calla
     return student
 
 
-def _ends(student: nn.Module, free: frozenset[str], tuning: Tuning) -> dict[str, tuple[nn.Parameter, float]]:
-    """The matrices of the head and of the embedding with their rates, those that have one and are `free`, unless they are the same matrix;
-    copies, since students share what does not train."""
+def _matrices(
+    student: nn.Module, free: frozenset[str], blocks: Sequence[str], tuning: Tuning
+) -> dict[str, tuple[nn.Parameter, float]]:
+    """The matrices of the head, of the embedding and of the blocks' linears with their rates, those that have one and are `free`; head and
+    embedding unless they are the same matrix. Copies, since students share what does not train."""
     head, embedding = student.get_output_embeddings().weight, student.get_input_embeddings().weight
-    if head is embedding:
-        return {}
-    rates = [(head, tuning.head_rate), (embedding, tuning.embedding_rate)]
-    found = {name: (p, rate) for name, p in student.named_parameters() for end, rate in rates if p is end and rate and name in free}
+    rates = {} if head is embedding else {id(head): tuning.head_rate, id(embedding): tuning.embedding_rate}
+    linears = [linear for name in blocks for linear in student.get_submodule(name).modules() if isinstance(linear, nn.Linear)]
+    rates |= {id(linear.weight): tuning.weight_rate for linear in linears}
+    found = {name: (p, rates[id(p)]) for name, p in student.named_parameters() if name in free and rates.get(id(p))}
     for p, _ in found.values():
         p.data = p.data.clone()
     return found

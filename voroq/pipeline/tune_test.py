@@ -13,6 +13,7 @@ import voroq
 from voroq.errors import VoroqError
 from voroq.pipeline import tune as pipeline_tune
 from voroq.pipeline.model import open_model
+from voroq.pipeline.plan import Plan
 from voroq.pipeline.progress import Silent
 from voroq.pipeline.run import check_memory_of
 from voroq.pipeline.source import open_source
@@ -182,11 +183,13 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
     changes = {"none": {}, "steps": {"steps": 3}, "batch": {"batch": 1}, "rate": {"rate": 0.002}, "norm_rate": {"norm_rate": 0.0}}
     changes |= {"samples": {"samples": 5}, "moves": {"moves": 0.1, "move_rate": 0.6}, "move_rate": {"moves": 0.1, "move_rate": 0.9}}
     changes |= {"guide": {"guide": 1.0}, "head_rate": {"head_rate": 0.01}, "embedding_rate": {"embedding_rate": 0.01}}
+    changes |= {"weight_rate": {"weight_rate": 0.01}}
+    plan = Plan(QUICK["vptq"], (("*.k_proj", None),))
     for name, change in changes.items():
         tuning = replace(SOME, **change)
-        quick_run(source, tmp_path / name, QUICK["vptq"], tuning=tuning)
+        quick_run(source, tmp_path / name, plan, tuning=tuning)
         made[name] = str(content(tmp_path / name))
-    quick_run(source, tmp_path / "half", QUICK["vptq"], tuning=replace(SOME, precision="bfloat16"))
+    quick_run(source, tmp_path / "half", plan, tuning=replace(SOME, precision="bfloat16"))
     made["precision"] = str(content(tmp_path / "half"))
     assert len(set(made.values())) == len(made)
 
@@ -197,6 +200,7 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
         *(({"steps": -1}, "steps"), ({"samples": 1}, "samples"), ({"batch": 0}, "batch"), ({"rate": 2.0}, "rate")),
         *(({"norm_rate": -1.0}, "norm_rate"), ({"moves": 2.0}, "moves"), ({"move_rate": 2.0}, "move_rate"), ({"precision": "x"}, "preci")),
         *(({"guide": -1.0}, "guide"), ({"head_rate": 1.5}, "head_rate"), ({"embedding_rate": 1.5}, "embed")),
+        ({"weight_rate": 1.5}, "weight_rate"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):

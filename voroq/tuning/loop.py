@@ -47,6 +47,8 @@ class Tuning:
     """the same of the head, where it is a matrix of its own; 0 = it stands still"""
     embedding_rate: float = 0.0
     """the same of the embedding, where that is one"""
+    weight_rate: float = 0.0
+    """the same of the blocks' linears that are not quantized"""
     moves: float = 0.0
     """fraction of the codes that may move at a time; 0 = codes stand still"""
     move_rate: float = 0.03
@@ -58,7 +60,7 @@ class Tuning:
 
     def __post_init__(self) -> None:
         bounds = {"steps": (0, 1_000_000), "samples": (2, 1_000_000), "batch": (1, 65536)}
-        bounds |= dict.fromkeys(("rate", "norm_rate", "head_rate", "embedding_rate", "moves", "move_rate"), (0, 1))
+        bounds |= dict.fromkeys(("rate", "norm_rate", "head_rate", "embedding_rate", "weight_rate", "moves", "move_rate"), (0, 1))
         bounds["guide"] = (0, 1000)
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:

@@ -20,7 +20,7 @@ def prune(
     ] = None,
     steps: Annotated[
         int,
-        typer.Option(min=0, metavar="N", help="Steps of tuning what is left towards MODEL, two models in memory. Default: none."),
+        typer.Option(min=0, metavar="N", help="Steps of tuning what is left towards MODEL, two models in memory; 0 = none."),
     ] = 0,
     calibration: CalibrationSource = None,
     samples: Samples = None,

@@ -12,7 +12,7 @@ what the entry says, so a kill at any moment loses at most the block at hand. co
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class Output:
         self, index: int | None, source: Source, verbatim: Sequence[str], sites: Mapping[str, Packed], body: dict[str, Any]
     ) -> dict[str, Any]:
         """Write a shard, `verbatim` tensors copied from `source` and the sites' packed ones, then its journal entry; return that."""
-        entries = [Entry(name, source.tensors[name].dtype, source.tensors[name].shape, _loader(source, name)) for name in verbatim]
+        entries = [copied(source, name) for name in verbatim]
         for site, packed in sites.items():
             entries += [Entry.of(f"{site}.{name}", tensor.contiguous()) for name, tensor in packed.tensors.items()]
         try:
@@ -225,8 +225,9 @@ def _unwritten(path: Path, error: OSError) -> VoroqError:
     return VoroqError(f"cannot write {path}: {error.strerror}; free some space and continue with --resume")
 
 
-def _loader(source: Source, name: str) -> Callable[[], Tensor]:
-    return lambda: source.tensor(name)
+def copied(source: Source, name: str) -> Entry:
+    """The tensor `name` of `source`, to be written as it is; read when its turn comes."""
+    return Entry(name, source.tensors[name].dtype, source.tensors[name].shape, lambda: source.tensor(name))
 
 
 def check_new(folder: Path) -> None:

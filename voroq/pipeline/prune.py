@@ -12,10 +12,9 @@ model as it was, of all linears of the blocks (`ANSWERING`).
 
 import copy
 import math
-import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,12 +34,12 @@ from voroq.pipeline.calibration import DEFAULT_SAMPLES, Texts, calibration_windo
 from voroq.pipeline.interleave import Inner, inner_of
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import observe_block
-from voroq.pipeline.output import check_disk, check_new, copy_companions
+from voroq.pipeline.output import check_disk, check_new, copied, copy_companions
 from voroq.pipeline.preflight import ACTIVATIONS_IN_MEMORY, check_tokens, window_length, windows_at_once
 from voroq.pipeline.progress import Progress, Silent
-from voroq.pipeline.source import INDEX, Source, open_source
+from voroq.pipeline.source import Source, open_source
 from voroq.pipeline.tokenizer import load_tokenizer
-from voroq.pipeline.tune import Tuned, check_memory, tune
+from voroq.pipeline.tune import Tuned, check_head, check_memory, tune
 from voroq.pipeline.work import resolve_devices
 from voroq.tuning.loop import Tuning
 
@@ -84,7 +83,8 @@ def prune_model(
     key = _width_key(model, mlps, channels)
     tuning = replace(ANSWERING, steps=steps)
     if steps:
-        _check_tunable(model)
+        check_head(model)
+        check_memory(model, model)
     tokenizer, length = load_tokenizer(origin), window_length(model, context)
     texts = {"context": length, "seed": seed, "progress": progress}
     windows, _ = calibration_windows(tokenizer, calibration, samples=samples or DEFAULT_SAMPLES, **texts)
@@ -105,8 +105,6 @@ def prune_model(
             write_json(first / "config.json", _narrowed(origin.config, key, channels))
             if steps:
                 tuned = _taught(model, first, folder, more, tuning, seed=seed, progress=progress)
-                copy_companions(origin.folder, folder, code=origin.trust_remote_code)
-                write_json(folder / "config.json", _narrowed(origin.config, key, channels))
     except OSError as error:
         raise VoroqError(f"cannot write to {folder}: {error.strerror}; free some space, or choose another OUT") from error
     total = sum(math.prod(site.shape) for index in range(model.n_blocks) for site in model.sites(index))
@@ -123,36 +121,30 @@ def prune_model(
     }
 
 
-def _check_tunable(model: OpenModel) -> None:
-    if model.skeleton.get_output_embeddings() is None:
-        raise VoroqError(f"{model.source.name} has no language model head, so there are no logits to tune towards; leave steps out")
-    check_memory(model, model)
-
-
 def _taught(
     model: OpenModel, first: Path, folder: Path, windows: Int[Tensor, "windows ctx"], tuning: Tuning, *, seed: int, progress: Progress
 ) -> Tuned:
-    """Tune the pruned model in `first` towards `model` and write its tensors to `folder`, file by file."""
+    """Tune the pruned model in `first` towards `model`; `folder` gets its tensors, file by file, then what goes with them, config last."""
     source = open_source(first, trust_remote_code=model.source.trust_remote_code)
     pruned = open_model(source, device=model.device)
     stored = {name: pruned.plain_source(name) for name, _ in pruned.skeleton.named_parameters()}
     free = frozenset(name for name, found in stored.items() if found is not None)
     blocks = [pruned.block_name(index) for index in range(pruned.n_blocks)]
-    rest = {"blocks": blocks, "seed": seed, "state": first / "state", "progress": progress}
+    rest = {"blocks": blocks, "seed": seed, "state": None, "progress": progress}
     done = tune(model.whole(), pruned.whole(), windows, tuning, free=free, **rest)
     changed = {stored[name]: t.to(source.tensors[stored[name]].dtype).cpu() for name, t in done.others.items()}
     for file in source.files():
         names = [name for name, entry in source.tensors.items() if entry.file == file]
-        write_safetensors(folder / file, [_entry(source, name, changed) for name in names], {"format": "pt"})
-    shutil.copy(first / INDEX, folder / INDEX)
+        write_safetensors(folder / file, _entries(source, names, changed), {"format": "pt"})
+    for path in sorted(first.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.name not in source.files():
+            path.replace(folder / path.name)
     return done
 
 
-def _entry(source: Source, name: str, changed: Mapping[str, Tensor]) -> Entry:
-    """The tensor `name` to be written, as it is in `source` unless `changed`."""
-    if name in changed:
-        return Entry.of(name, changed[name].contiguous())
-    return Entry(name, source.tensors[name].dtype, source.tensors[name].shape, lambda: source.tensor(name))
+def _entries(source: Source, names: Sequence[str], changed: Mapping[str, Tensor]) -> list[Entry]:
+    """The tensors `names` to be written, as they are in `source` unless `changed`."""
+    return [Entry.of(name, changed[name].contiguous()) if name in changed else copied(source, name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -178,7 +170,7 @@ class Pruning:
                     changed, share = self._block(index, states)
                     lost.append(share)
                 file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-                entries = [_entry(source, name, changed) for name in names]
+                entries = _entries(source, names, changed)
                 write_safetensors(folder / file, entries, {"format": "pt"})
                 places |= dict.fromkeys(names, file)
                 size += sum(entry.size for entry in entries)

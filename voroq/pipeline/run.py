@@ -43,7 +43,7 @@ from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tokenizer import load_tokenizer
 from voroq.pipeline.totals import described, totals
-from voroq.pipeline.tune import block_batches, check_memory, tune_block
+from voroq.pipeline.tune import block_batches, check_head, check_memory, tune_block
 from voroq.pipeline.work import SiteJob, resolve_devices, share
 from voroq.tuning.loop import Tuning
 
@@ -184,7 +184,7 @@ def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | Non
     if hessian in ("two-sided", "guided"):
         raise VoroqError(f"{name} has no language model head, so there are no gradients of its answers; use --hessian input")
     if tuning is not None:
-        raise VoroqError(f"{name} has no language model head, so there are no logits to tune towards; leave tuning out")
+        check_head(model)
 
 
 def _gradient_bytes(model: OpenModel, windows: torch.Tensor) -> int:

@@ -37,6 +37,12 @@ PER_WEIGHT, PER_LOGIT = 36, 24
 """Bytes: of a quantized weight its value, gradient, latent and that one's moments, code, and copies in the making; of a logit."""
 
 
+def check_head(model: OpenModel) -> None:
+    """Raise VoroqError where `model` has no logits to be tuned by."""
+    if model.skeleton.get_output_embeddings() is None:
+        raise VoroqError(f"{model.source.name} has no language model head, so there are no logits to tune towards; leave tuning out")
+
+
 def check_memory(model: OpenModel, teacher: OpenModel | None = None) -> None:
     """Raise VoroqError where `model` is too large to be tuned as a whole on its device, `teacher` beside it, before any work is lost."""
     more = 0 if teacher is None else 4 * sum(p.numel() for p in teacher.skeleton.parameters())
@@ -76,14 +82,14 @@ def tune(
     free: frozenset[str],
     blocks: Sequence[str],
     seed: int,
-    state: Path,
+    state: Path | None,
     progress: Progress,
 ) -> Tuned:
     """Tune `student`, whose quantized linears are `Trainable`s, towards `original`, and say what became of its parameters.
 
     Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned, and head, embedding and the blocks' other
     linears where they have a rate. `blocks` are the names of the models' blocks in order, whose outputs guide where `tuning` says so.
-    `state` is the file the progress is saved to and continued from. Raises VoroqError where the loss stops being finite.
+    `state` is the file the progress is saved to and continued from, if any. Raises VoroqError where the loss stops being finite.
     """
     device = next(original.parameters()).device
     student.requires_grad_(False)
@@ -111,10 +117,10 @@ def tune(
 
     split = held_out(windows.shape[0], seed)
     loop = Loop(sites, plain, loss, split, tuning, at_once=at_once, seed=seed, guided=guided if guide else None)
-    if state.is_file():
+    if state is not None and state.is_file():
         loop.restore({name: tensor.to(device) for name, tensor in load_file(state).items()})
     loop.run(
-        checkpoint=lambda loop: _save(loop, state),
+        checkpoint=None if state is None else lambda loop: _save(loop, state),
         progress=lambda step, loss: progress.stage(f"tuning, step {step} of {tuning.steps}, loss {loss:.4f}"),
     )
     return Tuned(loop.quantized(), {name: p.detach() for name, (p, _) in plain.items()}, loop.first, loop.best, loop.step)

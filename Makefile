@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.py csrc/cpu/*)
 
 .PHONY: demo test test-oldest conformance lint clean
-export OMP_WAIT_POLICY ?= PASSIVE
+test test-oldest conformance: export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(VENV)/installed
 	$(BIN)/voroq demo --out demo-output

@@ -49,8 +49,7 @@ def main() -> None:
     parser.add_argument("--effort", default="", choices=["", *EFFORTS], help="only the rows of this effort")
     parser.add_argument("--method", default="", choices=["", "vptq", "pvq", "gptq"], help="only the rows of this method")
     parser.add_argument("--calibration", action="append", metavar="TEXT", help="another text than the reference's; repeatable")
-    parser.add_argument("--channels", type=int, default=0, metavar="N", help="prune MLPs to so many first; bits are per weight of before")
-    parser.add_argument("--prune-steps", type=int, default=0, metavar="N", help="and tune for so many steps what is left of them")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn")
     args = parser.parse_args()
     calibration = args.calibration or ["calibration-c4"]
     samples, windows = (32, 10) if args.quick else (512, 100)
@@ -64,10 +63,8 @@ def main() -> None:
             work = EFFORTS[effort]
             plan = make_plan(method, bits, work.completed(method, options))
             label += f" --effort {effort}" + "".join(f" --calibration {text}" for text in args.calibration or [])
-            label += f" --channels {args.channels}" if args.channels else ""
-            label += f" --prune-steps {args.prune_steps}" if args.prune_steps else ""
-            pruned = {"channels": args.channels, "prune_steps": args.prune_steps}
-            rows.append(measure(label, plan, work, samples=samples, windows=windows, calibration=calibration, **pruned))
+            label += f" --seed {args.seed}" if args.seed else ""
+            rows.append(measure(label, plan, work, samples=samples, windows=windows, calibration=calibration, seed=args.seed))
     publish(f"bundled model, {' + '.join(calibration)}, context 256, total bits per weight", rows, args, samples=samples, windows=windows)
 
 

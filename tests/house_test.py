@@ -11,7 +11,7 @@ FLOOR = {
     **{"shapes": 0, "errors": 0, "native": 0, "numerics": 1, "moments": 2, "activations": 2, "codebook": 2, "transform": 2},
     **{"quantized": 3, "experts": 3},
     **{"products": 4, "rounding": 4, "tuning": 4, "packed": 4, "methods": 5, "kernels": 5, "layer": 6, "pipeline": 6},
-    **{"integrations": 7, "evaluation": 8, "report": 8, "front": 9, "streaming": 9, "convert": 9, "cli": 10},
+    **{"integrations": 7, "evaluation": 8, "report": 8, "front": 9, "streaming": 9, "convert": 9, "prelude": 10, "cli": 11},
 }
 LIVING, MAKING = {"packed", "kernels", "layer", "integrations"}, {"rounding", "tuning", "methods", "pipeline"}
 OWNERS = {

@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> None:
 
     Bugs keep their traceback.
     """
-    # Waiting threads sleep instead of spinning: with anything else on the cores, spinning makes torch ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Waiting threads spin for some microseconds and then sleep: with anything else on the cores, spinning makes torch ten times slower.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     arguments = sys.argv[1:] if argv is None else argv
     try:
         code = app(arguments, prog_name="voroq", standalone_mode=False)

@@ -14,13 +14,13 @@ REPORT = {"source": "in", "bits_per_weight": 2.05, "seconds": 75.0, "peak_memory
 @pytest.fixture
 def library(monkeypatch):
     """The pipeline replaced by a recorder; `fails` is raised by it if set."""
-    seen = SimpleNamespace(plan=None, call=None, fails=None, wanted="the plan", head=True, checked=[])
+    seen = SimpleNamespace(plan=None, call=None, fails=None)
 
     def make_plan(*args):
         seen.plan = args
-        return seen.wanted
+        return "the plan"
 
-    def quantize_model(*args, progress, **kwargs):
+    def quantize_with(*args, progress, **kwargs):
         seen.call = (args, kwargs)
         progress.start(2, 4)
         progress.block(0, "layers.0")
@@ -37,11 +37,7 @@ def library(monkeypatch):
         return SimpleNamespace(plan="the allocation")
 
     monkeypatch.setitem(sys.modules, "voroq.pipeline.plan", SimpleNamespace(make_plan=make_plan))
-    has_head = {"can_plan": lambda model, **rest: seen.head}
-    planning = SimpleNamespace(plan_model=plan_model, read_plan=lambda path: f"the plan in {path}", **has_head)
+    planning = SimpleNamespace(plan_model=plan_model, read_plan=lambda path: f"the plan in {path}")
     monkeypatch.setitem(sys.modules, "voroq.pipeline.planning", planning)
-    checks = {"check_teacher_of": lambda model, teacher, tuning, **rest: seen.checked.append(teacher)}
-    run = SimpleNamespace(check_memory_of=lambda model, **rest: seen.checked.append(model), **checks)
-    monkeypatch.setitem(sys.modules, "voroq.pipeline.run", run)
-    monkeypatch.setitem(sys.modules, "voroq.front", SimpleNamespace(quantize_model=quantize_model))
+    monkeypatch.setitem(sys.modules, "voroq.prelude", SimpleNamespace(quantize_with=quantize_with))
     return seen

@@ -47,20 +47,17 @@ def demo(
     from voroq.evaluation.compare import compare
     from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
-    from voroq.pipeline.planning import plan_model
-    from voroq.pipeline.run import quantize_model
     from voroq.pipeline.text import DEMO_MODEL
+    from voroq.prelude import quantize_with
     from voroq.report.card import write_card
     from voroq.report.inspect import inspect_folder
 
     began, effort = time.perf_counter(), EFFORTS[EFFORT]
     plan = make_plan("vptq", bits, effort.completed("vptq", {}))
     made = str(folder / "model")
-    shared = {"calibration": CALIBRATION, "context": CONTEXT, "device": device, "seed": seed}
+    text = {"calibration": CALIBRATION, "samples": SAMPLES, "context": CONTEXT}
     with terminal_progress(err()) as progress:
-        if effort.allocates(plan):
-            plan = plan_model(DEMO_MODEL, plan, progress=progress, **shared).plan
-        report = quantize_model(str(DEMO_MODEL), made, plan, samples=SAMPLES, tuning=effort.tuning, progress=progress, **shared)
+        report = quantize_with(effort, str(DEMO_MODEL), made, plan, device=device, seed=seed, progress=progress, **text)
     seconds = time.perf_counter() - began
     err().print("measuring both models")
     opening = {"device": device, "dtype": "float32"}

@@ -79,7 +79,8 @@ EffortKind = Annotated[
     EffortName | None,
     typer.Option(
         help="fast: nothing is tuned, one block in memory. balanced: then the whole model is tuned towards the original's logits (both in "
-        "memory). best: a longer search and a longer tuning. Default: balanced for vptq, fast for other methods and with --tune-blocks.",
+        "memory). best: with text of its own, fewer channels where that pays, a longer search and a longer tuning. Default: balanced for "
+        "vptq, fast for other methods and with --tune-blocks.",
         show_default=False,
     ),
 ]
@@ -101,6 +102,25 @@ Interleave = Annotated[
     typer.Option(
         "--interleave/--no-interleave",
         help="Reorder the channels inside MLPs (the function stays) so that every vector of weights holds large ones and small ones.",
+    ),
+]
+OwnText = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Documents that MODEL writes itself first, to calibrate on beside the text (voroq write); 0: none. Default: 2048 for best.",
+        show_default=False,
+    ),
+]
+ChannelsKept = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Leave the cheapest channels of MLPs out, all but N of each, and give their bits to the others (voroq prune): --bits is per "
+        "weight of MODEL as it was. 0: all stay. Default: for best with vptq as many as the plan finds to pay, else all stay.",
+        show_default=False,
     ),
 ]
 Teacher = Annotated[
@@ -143,6 +163,8 @@ def quantize(
     hessian: HessianKind = Hessian.auto,
     interleave: Interleave = True,
     effort: EffortKind = None,
+    own_text: OwnText = None,
+    channels: ChannelsKept = None,
     teacher: Teacher = None,
     tune_blocks: TuneBlocks = 0,
     activation_bits: options.ActivationBits = None,
@@ -180,32 +202,23 @@ def quantize(
     if plan is not None and (bits is not None or pairs or allocate):
         raise VoroqError("--plan says everything that --bits, --option and --allocate say; give one or the other")
     from voroq.activations import Activations
-    from voroq.front import quantize_model
     from voroq.pipeline.effort import EFFORTS
     from voroq.pipeline.plan import make_plan
-    from voroq.pipeline.planning import can_plan, plan_model, read_plan
-    from voroq.pipeline.run import check_memory_of, check_teacher_of
+    from voroq.pipeline.planning import read_plan
+    from voroq.prelude import quantize_with
     from voroq.tuning.loop import Tuning
 
     if effort is None:
         effort = EffortName.balanced if method == "vptq" and not tune_blocks else EffortName.fast
     chosen = EFFORTS[effort.value]
     wanted = read_plan(plan) if plan is not None else make_plan(method, bits, chosen.completed(method, pairs))
-    shared = {"calibration": calibration or None, "context": context, "interleave": interleave, "seed": seed}
+    text = {"calibration": calibration or None, "samples": samples, "context": context, "own_text": own_text}
+    how = {"mode": mode.value, "hessian": hessian.value, "interleave": interleave, "allocate": allocate, "teacher": teacher, "seed": seed}
+    how |= {"channels": channels, "block_tuning": Tuning(steps=tune_blocks) if tune_blocks else None, "resume": resume}
+    how |= {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
     place = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    inputs = {} if activation_bits is None else {"activations": Activations(activation_bits, activation_kind)}
-    if chosen.tuning is not None:
-        check_memory_of(model, **place)
-    if teacher is not None:
-        check_teacher_of(model, teacher, chosen.tuning, **place)
-    if allocate is None:
-        allocate = chosen.allocates(wanted) and can_plan(model, **place)
     with terminal_progress(err()) as progress:
-        if allocate:
-            wanted = plan_model(model, wanted, progress=progress, **shared, **place).plan
-        blocks = Tuning(steps=tune_blocks) if tune_blocks else None
-        how = {"mode": mode.value, "hessian": hessian.value, "block_tuning": blocks, "tuning": chosen.tuning, "teacher": teacher}
-        report = quantize_model(model, out, wanted, samples=samples, resume=resume, progress=progress, **how, **shared, **place, **inputs)
+        report = quantize_with(chosen, model, out, wanted, progress=progress, **text, **how, **place)
     emit(report, as_json, summary(report, out))
 
 
@@ -213,7 +226,9 @@ def summary(report: dict, out: str) -> Table:
     """What the run made, in a few lines."""
     table = Table(show_header=False, box=None)
     table.add_row("written to", out)
-    table.add_row("bits per weight", f"{report['bits_per_weight']:.3f}")
+    bits, share = report["bits_per_weight"], report.get("share_of_weights", 1.0)
+    left = "" if share == 1 else f" of the {100 * share:.1f} % that are left; {share * bits:.3f} of what {report['source']} has"
+    table.add_row("bits per weight", f"{bits:.3f}{left}")
     table.add_row("time", duration(report["seconds"]))
     table.add_row("peak memory", size(report["peak_memory"]["rss"]))
     if report["tuning"]:

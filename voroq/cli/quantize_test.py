@@ -7,7 +7,6 @@ import pytest
 from voroq.cli.cli_test import run
 from voroq.cli.conftest import REPORT
 from voroq.pipeline.effort import EFFORTS
-from voroq.pipeline.plan import Budget
 from voroq.tuning.loop import Tuning
 
 
@@ -18,11 +17,11 @@ def test_quantize_passes_everything_on(library, capsys):
     assert run(*argv, "--resume", "--trust-remote-code", "--revision", "abc", "--json") == 0
     assert library.plan == ("gptq", 3.2, {"group_size": "64", "damping": "0.02"})
     args, kwargs = library.call
-    assert args == ("in", "out", "the plan")
+    assert args == (EFFORTS["fast"], "in", "out", "the plan")
     assert kwargs == {
         "calibration": ["c.txt", "d.txt"], "samples": 7, "context": 33, "mode": "sequential", "hessian": "auto", "interleave": False,
         "device": "cpu", "seed": 5, "resume": True, "revision": "abc", "trust_remote_code": True, "block_tuning": None,
-        "tuning": None, "teacher": None,
+        "teacher": None, "allocate": None, "own_text": None, "channels": None,
     }  # fmt: skip
     assert type(kwargs["mode"]) is str
     out, err = capsys.readouterr()
@@ -31,15 +30,15 @@ def test_quantize_passes_everything_on(library, capsys):
     assert "warning: a [warning]" in err
 
 
-def test_effort_is_a_tuning_and_options_that_yield_to_the_users(library):
-    run("quantize", "in", "out", "--effort", "balanced")
-    assert library.call[1]["tuning"] == EFFORTS["balanced"].tuning is not None
-    assert library.checked == ["in"]
-    run("quantize", "in", "out", "--effort", "balanced", "--teacher", "whole")
-    assert library.call[1]["teacher"] == "whole" == library.checked[-1]
+def test_efforts_have_options_that_yield_to_the_users(library):
     run("quantize", "in", "out", "--effort", "best", "-o", "rounds=7")
-    assert library.call[1]["tuning"] == EFFORTS["best"].tuning
+    assert library.call[0][0] == EFFORTS["best"]
     assert library.plan == ("vptq", None, {**EFFORTS["best"].options["vptq"], "rounds": "7"})
+
+
+def test_what_goes_before_a_run_is_passed_on(library):
+    run("quantize", "in", "out", "--teacher", "whole", "--own-text", "0", "--channels", "700", "--no-allocate")
+    assert library.call[1].items() >= {"teacher": "whole", "own_text": 0, "channels": 700, "allocate": False}.items()
 
 
 @pytest.mark.parametrize(
@@ -48,21 +47,17 @@ def test_effort_is_a_tuning_and_options_that_yield_to_the_users(library):
 )
 def test_what_the_effort_is_where_none_is_given(given, effort, library):
     run("quantize", "in", "out", *given)
-    assert library.call[1]["tuning"] == EFFORTS[effort].tuning
-    assert library.checked == (["in"] if effort == "balanced" else [])
+    assert library.call[0][0] == EFFORTS[effort]
 
 
 def test_steps_of_blocks_are_passed_on(library):
     run("quantize", "in", "out", "--tune-blocks", "7")
-    assert library.call[1]["block_tuning"] == Tuning(steps=7) and library.call[1]["tuning"] is None
+    assert library.call[1]["block_tuning"] == Tuning(steps=7) and library.call[0][0].tuning is None
 
 
-def test_a_plan_comes_from_a_file_or_from_an_allocation(library, capsys):
+def test_a_plan_comes_from_a_file(library, capsys):
     run("quantize", "in", "out", "--plan", "p.json", "--hessian", "two-sided")
-    assert library.call[0] == ("in", "out", "the plan in p.json") and library.call[1]["hessian"] == "two-sided"
-    run("quantize", "in", "out", "--bits", "2.1", "--allocate", "--context", "33")
-    assert library.call[0] == ("in", "out", "the allocation")
-    assert library.planned[0] == ("in", "the plan") and library.planned[1]["context"] == 33
+    assert library.call[0][1:] == ("in", "out", "the plan in p.json") and library.call[1]["hessian"] == "two-sided"
     assert run("quantize", "in", "out", "--plan", "p.json", "--bits", "2") == 2
     assert "one or the other" in capsys.readouterr().err
 
@@ -79,17 +74,3 @@ def test_quantize_without_json_says_what_was_made(library, capsys):
     assert "1 min 15 s" in out
     assert "0.0900 -> 0.0500" in out
     assert "voroq eval out --against in" in out
-
-
-def test_an_effort_allocates_what_can_be_allocated_unless_told_otherwise(library):
-    def plan(*argv: str, head: bool = True) -> object:
-        library.head = head
-        run("quantize", "in", "out", "--bits", "2.1", *argv)
-        return library.call[0][2]
-
-    library.wanted = Budget("vptq", 2.1)
-    assert plan() == plan("--effort", "fast") == plan("--effort", "best") == "the allocation"
-    assert plan("--effort", "fast", "--no-allocate") == plan("--effort", "fast", head=False) == library.wanted
-    library.wanted = Budget("rtn", 4.1)
-    assert plan("--method", "rtn") == library.wanted
-    assert plan("--method", "rtn", "--allocate") == plan("--method", "rtn", "--effort", "balanced") == "the allocation"

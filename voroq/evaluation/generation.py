@@ -134,16 +134,20 @@ def documents(
         yield tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
+def can_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there is a token that texts begin with."""
+    return tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+
+
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, begin: str) -> Int[Tensor, "n"]:
     """The tokens of which each document begins with one (see `documents`)."""
     if begin == "anywhere":
         return torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
     if begin != "bos":
         raise VoroqError(f"begin {begin!r} is unknown: choose bos or anywhere")
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
+    if not can_begin(tokenizer):
         raise VoroqError("the tokenizer has neither a BOS nor an EOS token to begin after: give --begin anywhere")
-    return torch.tensor([first])
+    return torch.tensor([tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id])
 
 
 @contextmanager

@@ -233,9 +233,11 @@ class Thinning:
         dropped, gone = (torch.nn.functional.pad(part.double().cumsum(0), (1, 0)) / total for part in (lost, own[rising]))
         return Thinning(dropped.cpu(), (1 - gone).clamp_min(0).cpu())
 
-    def error(self, columns: int, distortion: float) -> float:
-        """The loss with so many columns left out and a relative error of `distortion` in the others."""
-        return float(self.dropped[columns] + self.kept[columns] * distortion)
+    def error(self, columns: int, distortion: float, gone: int = 0) -> float:
+        """The loss with so many columns left out and a relative error of `distortion` in the others, not counting what `gone` of the
+        columns cost that are left out before those."""
+        columns += gone
+        return float(self.dropped[columns] - self.dropped[gone] + self.kept[columns] * distortion)
 
 
 def column_statistics(w: Matrix) -> ColumnAffine:

@@ -70,6 +70,13 @@ def without_columns(w: Matrix, h: Square, gone: Int[Tensor, "n"]) -> Float[Tenso
     return w[:, kept] + torch.linalg.solve(h[kept][:, kept], h[kept][:, gone] @ w[:, gone].T).T
 
 
+def padded_without(w: Matrix, h: Square, gone: Int[Tensor, "n"]) -> Matrix:
+    """The same with zeros in the columns `gone`."""
+    kept = torch.ones(w.shape[1], dtype=torch.bool, device=w.device)
+    kept[gone] = False
+    return torch.zeros_like(w).masked_scatter(kept.expand_as(w), without_columns(w, h, gone))
+
+
 def proxy_loss(delta: Matrix, h: Square) -> Float[Tensor, "out"]:
     """delta H delta^T, its diagonal: the loss each output row adds to tr(E H E^T)."""
     return ((delta @ h) * delta).sum(1)

@@ -52,7 +52,7 @@ def calibration_windows(
     """
     if samples < 1 or context < 1:
         raise VoroqError(f"{samples} windows of {context} tokens cannot calibrate: both must be 1 or more")
-    texts = [calibration_text(one, characters=samples * context * DATASET_CHARACTERS_PER_TOKEN) for one in _listed(source)]
+    texts = [calibration_text(one, characters=samples * context * DATASET_CHARACTERS_PER_TOKEN) for one in listed(source)]
     windows = torch.cat([cut_windows(tokenize(tokenizer, text), context, name) for name, text in texts])
     if windows.shape[0] < samples:
         text = f"{described(source)} has {windows.shape[0]} windows of {context} tokens, not {samples}: calibrating on all of them"
@@ -62,11 +62,13 @@ def calibration_windows(
 
 
 def described(source: Texts) -> str:
-    """The names of a calibration's texts, for people."""
-    return " + ".join(CALIBRATION_TEXTS[0] if one is None else str(one) for one in _listed(source))
+    """The names of a calibration's texts, for people; of a file its own, since where it lies is nobody's business."""
+    names = (CALIBRATION_TEXTS[0] if one is None else one for one in listed(source))
+    return " + ".join(Path(name).name if Path(name).is_file() else str(name) for name in names)
 
 
-def _listed(source: Texts) -> list[str | Path | None]:
+def listed(source: Texts) -> list[str | Path | None]:
+    """The texts of `source` one by one, None for the bundled one."""
     if source is None or isinstance(source, str | Path):
         return [source]
     if not source:

@@ -67,7 +67,7 @@ def test_a_short_text_gives_all_it_has_and_says_so(numbers):
     ears = Ears()
     windows, _ = choose(numbers, samples=50, progress=ears)
     assert torch.equal(windows[windows[:, 0].argsort()], torch.arange(100).reshape(20, 5))
-    assert ears.heard == [f"{numbers} has 20 windows of 5 tokens, not 50: calibrating on all of them"]
+    assert ears.heard == [f"{numbers.name} has 20 windows of 5 tokens, not 50: calibrating on all of them"]
     ears = Ears()
     choose(numbers, samples=20, progress=ears)
     assert ears.heard == []
@@ -84,7 +84,7 @@ def test_windows_of_several_texts_are_drawn_from_all_together(numbers, tmp_path)
     assert torch.equal(choose([numbers]).windows, choose(numbers).windows)
     ears = Ears()
     choose([numbers, second], samples=41, progress=ears)
-    assert f"{numbers} + {second} has 40 windows" in ears.heard[0]
+    assert f"{numbers.name} + {second.name} has 40 windows" in ears.heard[0]
     with pytest.raises(VoroqError, match="evaluation text"):
         choose([numbers, "c4"])
     with pytest.raises(VoroqError, match="at least one"):

@@ -2,7 +2,8 @@
 
     fast       for tables and pyramids bits allocated by what every linear is worth, else the method alone; memory of one block
     balanced   bits allocated, then the whole model tuned towards the original's logits
-    best       the same with more search in every table, and a tuning as long as it pays
+    best       the same with text by the model itself beside the calibration text, channels of MLPs left out where that pays, more search
+               in every table, and a tuning as long as it pays
 
 The last two hold the original and the quantized model in memory at once, in float32.
 """
@@ -21,6 +22,10 @@ class Effort:
     by sensitivity."""
 
     tuning: Tuning | None = None
+    own_text: int = 0
+    """documents that the model writes itself, to calibrate on beside the text"""
+    narrower: bool = False
+    """whether channels of MLPs may be left out, where the plan says that it pays"""
     options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     allocate: frozenset[str] = frozenset()
 
@@ -40,5 +45,5 @@ _BEST = replace(_BALANCED, steps=2000, samples=8192, move_rate=0.0031, head_rate
 EFFORTS = {
     "fast": Effort(allocate=frozenset({"vptq", "pvq"})),
     "balanced": Effort(_BALANCED, allocate=EVERY),
-    "best": Effort(_BEST, {"vptq": {"rounds": "4", "restarts": "3"}}, allocate=EVERY),
+    "best": Effort(_BEST, 2048, True, {"vptq": {"rounds": "4", "restarts": "3"}}, allocate=EVERY),
 }

@@ -6,6 +6,7 @@ embedding) is materialised only while `capture` runs. All names here are names i
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -95,6 +96,11 @@ class OpenModel:
     def sites(self, index: int) -> list[Site]:
         """The linears of block `index` that can be quantized, in module order, without loading it."""
         return list(self._sites(index))
+
+    @property
+    def linear_weights(self) -> int:
+        """How many weights the linears of all blocks have that can be quantized."""
+        return sum(math.prod(site.shape) for index in range(self.n_blocks) for site in self._sites(index))
 
     def unquantizable(self, index: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of the other parameters of block `index` with two or more dimensions (routers, odd expert stacks)."""

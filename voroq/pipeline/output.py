@@ -2,6 +2,7 @@
 
     voroq_run/settings.json      the fingerprint of the run; the folder exists while the run is unfinished
     voroq_run/tuning.safetensors the state of the tuning, and tuned.safetensors its result, where there is one
+    voroq_run/own-text-*.jsonl, channels-*   what was made of the original for the run (`prelude.py`)
     voroq_run/block-00003.json   block 3 is done: its shard, the shard's sha256, specs and report rows of its sites
     model-00001-of-00007.safetensors   everything outside the blocks; 00002... one shard per block
 
@@ -43,17 +44,16 @@ class Output:
         self.folder = folder
         self.blocks = blocks
         self.settings = settings
-        self.report = self._finished(resume)
+        check_claim(folder, resume=resume)
+        self.report = self._finished()
         if self.report is None:
-            self._claim(resume)
+            self._claim()
 
-    def _finished(self, resume: bool) -> dict[str, Any] | None:
-        """The report of the finished run in the folder, if it is this run and resuming it was asked for."""
+    def _finished(self) -> dict[str, Any] | None:
+        """The report of the finished run in the folder, if it is this run."""
         path = self.folder / REPORT
         if not path.is_file():
             return None
-        if not resume:
-            raise VoroqError(f"{self.folder} already holds a finished voroq model; choose another OUT, or delete the folder")
         report = _read(path)
         self._compare(path, report and report.get("settings"))
         for name, digest in report.get("shards", {}).items():
@@ -63,22 +63,16 @@ class Output:
         shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
         return report
 
-    def _claim(self, resume: bool) -> None:
+    def _claim(self) -> None:
         journal = self.folder / JOURNAL / "settings.json"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise VoroqError(f"{self.folder} is a file; choose a new folder for OUT")
         if journal.is_file():
-            if not resume:
-                raise VoroqError(f"{self.folder} holds an unfinished run; continue it with --resume, or choose another OUT")
             self._compare(journal, _read(journal))
-        elif self.folder.is_dir() and any(path.name != JOURNAL for path in self.folder.iterdir()):
-            raise VoroqError(f"{self.folder} exists and is not a voroq run; choose a new folder for OUT")
-        else:
-            try:
-                (self.folder / JOURNAL).mkdir(parents=True, exist_ok=True)
-                write_json(journal, self.settings)
-            except OSError as error:
-                raise VoroqError(f"cannot write to {self.folder}: {error.strerror}; choose another OUT") from error
+            return
+        try:
+            (self.folder / JOURNAL).mkdir(parents=True, exist_ok=True)
+            write_json(journal, self.settings)
+        except OSError as error:
+            raise VoroqError(f"cannot write to {self.folder}: {error.strerror}; choose another OUT") from error
 
     def _compare(self, path: Path, earlier: Any) -> None:
         if not isinstance(earlier, dict):
@@ -228,6 +222,19 @@ def _unwritten(path: Path, error: OSError) -> VoroqError:
 def copied(source: Source, name: str) -> Entry:
     """The tensor `name` of `source`, to be written as it is; read when its turn comes."""
     return Entry(name, source.tensors[name].dtype, source.tensors[name].shape, lambda: source.tensor(name))
+
+
+def check_claim(folder: Path, *, resume: bool) -> None:
+    """Raise VoroqError where a run cannot begin in `folder`, or with `resume` go on there."""
+    if folder.exists() and not folder.is_dir():
+        raise VoroqError(f"{folder} is a file; choose a new folder for OUT")
+    finished, begun = (folder / REPORT).is_file(), (folder / JOURNAL / "settings.json").is_file()
+    if finished and not resume:
+        raise VoroqError(f"{folder} already holds a finished voroq model; choose another OUT, or delete the folder")
+    if begun and not resume:
+        raise VoroqError(f"{folder} holds an unfinished run; continue it with --resume, or choose another OUT")
+    if not finished and not begun and folder.is_dir() and any(path.name != JOURNAL for path in folder.iterdir()):
+        raise VoroqError(f"{folder} exists and is not a voroq run; choose a new folder for OUT")
 
 
 def check_new(folder: Path) -> None:

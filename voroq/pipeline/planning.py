@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from voroq.errors import VoroqError
 from voroq.methods import METHODS, VPTQ, Method, probing, tile_height
 from voroq.packed.files import write_json
 from voroq.pipeline.calibration import Texts
+from voroq.pipeline.channels import Channels, channels_of
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.plan import Budget, Plan, distortion, parse_options, steep
 from voroq.pipeline.preflight import prepare
 from voroq.pipeline.progress import Progress, Silent
-from voroq.pipeline.sensitivity import probe
+from voroq.pipeline.sensitivity import Worths, probe
 from voroq.pipeline.source import open_source
 from voroq.pipeline.work import resolve_devices
 
@@ -40,6 +42,8 @@ class Planned:
     rows: tuple[dict[str, Any], ...]
     bits_per_weight: float
     kl: float
+    channels: int | None = None
+    """of every MLP, where the plan is for a model with fewer than there are"""
 
     def write(self, path: Path, source: str) -> None:
         """The plan file, written whole or not at all."""
@@ -52,6 +56,7 @@ def plan_model(
     budget: Budget | Plan,
     *,
     size: int | None = None,
+    narrower: bool = False,
     calibration: Texts = None,
     samples: int | None = None,
     context: int | None = None,
@@ -64,7 +69,8 @@ def plan_model(
 ) -> Planned:
     """Settings for every site of the model in `source` such that `budget` (or files of `size` bytes in all) holds and the expected
     divergence from the model is least. One pass over `samples` calibration windows measures what every site is worth, with its channels
-    `interleave`d or not, as the run will have them.
+    `interleave`d or not, as the run will have them. With `narrower` the plan may be for the model with fewer channels in its MLPs, so
+    many as it says; its bits are then for the weights that are left, as many in all.
 
     Raises VoroqError where no setting fits, or the model cannot be probed.
     """
@@ -88,34 +94,69 @@ def plan_model(
     )
     if interleave:
         model.interleave(lambda name: tile_height(ready.plan.method_for(name)))
+    channels = _channels(model, progress) if narrower and budget.method == "vptq" else None
     with tempfile.TemporaryDirectory() as folder:
-        rules = tuple((name, probing(method)) for name, method in ready.plan.rules)
-        measured = probe(model, Plan(None, rules), ready.windows, dtype=ready.dtype, seed=seed, folder=Path(folder), progress=progress)
+        plan = Plan(None, tuple((name, probing(method)) for name, method in ready.plan.rules))
+        rest = {"seed": seed, "folder": Path(folder), "progress": progress, "channels": channels}
+        measured = probe(model, plan, ready.windows, dtype=ready.dtype, **rest)
     progress.done()
     dealt = [group for groups in model.interleaved.values() for group in groups] if budget.method == "vptq" else []
-    widths = {name: shape[1] for name, shape in sites}
+    known = Measured(budget, tuple(sites), 8 * ready.dtype.itemsize, measured, ready.plan, tuple(dealt))
+    return min((known.planned(channels, step) for step in range(len(channels.steps) if channels else 1)), key=lambda planned: planned.kl)
 
-    def relative(name: str, method: Method) -> float:
-        """What the errors of a setting cost a site, up to a factor of its own."""
+
+@dataclass(frozen=True)
+class Measured:
+    """What the `sites` of a model, name and shape each, are worth (`worths`) where they are rounded as `probed` says. Those that are
+    `dealt` channels together have tiles of one height."""
+
+    budget: Budget
+    sites: tuple[tuple[str, tuple[int, int]], ...]
+    float_bits: int
+    worths: Worths
+    probed: Plan
+    dealt: tuple[Sequence[str], ...]
+
+    def planned(self, channels: Channels | None = None, step: int = 0) -> Planned:
+        """The best settings; with the cheapest channels of every MLP left out, so many as `step` says, whose bits the others have."""
+        gone = channels.steps[step] if step else 0
+        shapes = {name: channels.narrowed(name, shape, gone) if gone else shape for name, shape in self.sites}
+        whole, weights = (sum(map(math.prod, each.values())) for each in (dict(self.sites), shapes))
+        budget = dataclasses.replace(self.budget, bits=self.budget.bits * whole / weights)
+
+        def cost(name: str, method: Method) -> float:
+            worth, width = self.worths.sites[name], dict(self.sites)[name][1]
+            before = self._relative(name, self.probed.method_for(name), width, 0)
+            tighter = worth.tighter[step] if worth.tighter else 1.0
+            return tighter * worth.kl * self._relative(name, method, shapes[name][1], width - shapes[name][1]) / before
+
+        plan = budget.plan(list(shapes.items()), float_bits=self.float_bits, cost=cost, together=self.dealt)
+        rows = []
+        for name, shape in shapes.items():
+            method = plan.method_for(name)
+            bits = method.stored_bits(shape, self.float_bits) / math.prod(shape)
+            row = {"name": name, "shape": list(shape), "method": budget.method, "options": _options(method)}
+            rows.append({**row, "bits": bits, "kl": cost(name, method)})
+        total = sum(row["bits"] * math.prod(row["shape"]) for row in rows) / weights
+        kl = sum(row["kl"] for row in rows) + (self.worths.left_out[step] if gone else 0)
+        return Planned(plan, tuple(rows), total, kl, channels.width - gone if gone else None)
+
+    def _relative(self, name: str, method: Method, width: int, gone: int) -> float:
+        """What the errors of a setting cost a site of so many columns, and of so many more that are gone, up to a factor of its own."""
         error = distortion(method)
-        if isinstance(method, VPTQ) and method.outliers == "cheapest":
-            error = measured[name].thinning.error(method.columns(widths[name])[0], error)
+        thinned = method.columns(width)[0] if isinstance(method, VPTQ) and method.outliers == "cheapest" else 0
+        if thinned + gone:
+            error = self.worths.sites[name].thinning.error(thinned, error, gone)
         return steep(error)
 
-    def cost(name: str, method: Method) -> float:
-        return measured[name].kl * relative(name, method) / relative(name, ready.plan.method_for(name))
 
-    float_bits = 8 * ready.dtype.itemsize
-    plan = budget.plan(sites, float_bits=float_bits, cost=cost, together=dealt)
-    rows = []
-    for name, shape in sites:
-        method = plan.method_for(name)
-        bits = method.stored_bits(shape, float_bits) / math.prod(shape)
-        row = {"name": name, "shape": list(shape), "method": budget.method, "options": _options(method)}
-        rows.append({**row, "bits": bits, "kl": cost(name, method)})
-    weights = sum(math.prod(shape) for _, shape in sites)
-    total = sum(row["bits"] * math.prod(row["shape"]) for row in rows) / weights
-    return Planned(plan, tuple(rows), total, sum(row["kl"] for row in rows))
+def _channels(model: OpenModel, progress: Progress) -> Channels | None:
+    """The channels that may be left out, if any; where the model cannot be pruned, that is said."""
+    try:
+        return channels_of(model)
+    except VoroqError as error:
+        progress.warn(f"all channels stay: {error}")
+        return None
 
 
 def can_plan(source: str | Path, *, device: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:

@@ -11,17 +11,21 @@ from voroq.codebook.pyramid import Pulses
 from voroq.errors import VoroqError
 from voroq.experts import unstack_experts
 from voroq.methods import GPTQ, PVQ, VPTQ, probing
+from voroq.methods.vptq import column_costs
+from voroq.numerics.linalg import damped, padded_without
+from voroq.pipeline.channels import DAMPING, MOST, channels_of
 from voroq.pipeline.gradients import output_gradients
+from voroq.pipeline.observe import observe_block
 from voroq.pipeline.observe_test import prepared
 from voroq.pipeline.plan import Budget, Plan, distortion, make_plan, steep
 from voroq.pipeline.planning import plan_model, read_plan
 from voroq.pipeline.progress import Silent
 from voroq.pipeline.run import quantize_model
-from voroq.pipeline.sensitivity import divergences, probe
+from voroq.pipeline.sensitivity import probe, responses, tightened
 from voroq.pipeline.text import DEMO_MODEL
 
 
-def test_divergences_predict_what_a_small_error_costs(tmp_path):
+def test_responses_predict_what_a_small_error_costs(tmp_path):
     """Against the true KL of the perturbed model. One sampled label a token, so the average over many tokens is compared."""
     whole, tokens, model, states = prepared("Llama", tmp_path, windows=64)
     stores = output_gradients(model, tokens, states, 2, seed=1, limit=1 << 30, folder=tmp_path, progress=Silent())
@@ -29,7 +33,7 @@ def test_divergences_predict_what_a_small_error_costs(tmp_path):
     names = [site.name for site in model.sites(0)]
     rng = torch.Generator().manual_seed(2)
     errors = {name: 0.01 * torch.randn(model.linears(block, 0)[name].weight.shape, generator=rng) for name in names}
-    found = divergences(model, block, 0, states, stores[0], 2, errors)
+    found = responses(model, block, 0, states, stores[0], 2, {name: torch.stack([error, 2 * error]) for name, error in errors.items()})
     with torch.no_grad():
         plain = unstack_experts(whole)
         before = plain(input_ids=tokens).logits.double().log_softmax(-1)
@@ -39,15 +43,65 @@ def test_divergences_predict_what_a_small_error_costs(tmp_path):
             after = plain(input_ids=tokens).logits.double().log_softmax(-1)
             weight += errors[name]
             true = float((before.exp() * (before - after)).sum(-1).mean())
-            assert found[name] == pytest.approx(true, rel=0.5), name  # labels are a sample, and tokens answer for later ones too
+            once, twice = (found[name].double().square().mean(1) / 2).tolist()
+            assert twice == pytest.approx(4 * once, rel=1e-5)
+            assert once == pytest.approx(true, rel=0.5), name  # labels are a sample, and tokens answer for later ones too
 
 
 def test_probing_weighs_every_site_that_the_plan_rounds(tmp_path):
     _, tokens, model, _ = prepared("Llama", tmp_path)
     plan = Plan(VPTQ(vector_length=2, table_bits=4), (("*.down_proj", None),))
-    found = probe(model, plan, tokens, dtype=torch.float32, seed=0, folder=tmp_path, progress=Silent())
+    found = probe(model, plan, tokens, dtype=torch.float32, seed=0, folder=tmp_path, progress=Silent()).sites
     assert set(found) == {site.name for index in range(3) for site in model.sites(index) if "down_proj" not in site.name}
     assert all(worth.kl > 0 for worth in found.values())
+
+
+def test_channels_left_out_of_all_blocks_cost_what_the_probe_says(tmp_path):
+    """Against the true KL of the model without them."""
+    whole, tokens, model, states = prepared("Llama", tmp_path, windows=64)
+    channels = channels_of(model)
+    pruned = []
+    for index, (down, *_) in enumerate(channels.mlps):
+        block = model.load_block(index)
+        moments, _ = observe_block(model, block, index, states, 2, sites=[down], outputs=states)
+        h, w = damped(moments[down].hessian(), DAMPING)[0], model.linears(block, index)[down].weight.detach()
+        order = column_costs(w, h).argsort(stable=True)
+        pruned.append((down, [padded_without(w, h, order[:gone]) for gone in channels.steps]))
+    plan, text = Plan(VPTQ(vector_length=2, table_bits=4)), {"dtype": torch.float32, "seed": 1, "folder": tmp_path, "progress": Silent()}
+    found = probe(model, plan, tokens, channels=channels, **text)
+    assert probe(model, plan, tokens, **text).left_out == ()
+    with torch.no_grad():
+        plain = unstack_experts(whole)
+        before = plain(input_ids=tokens).logits.double().log_softmax(-1)
+        for step, expected in enumerate(found.left_out):
+            for down, weights in pruned:
+                plain.get_submodule(down).weight.copy_(weights[step])
+            after = plain(input_ids=tokens).logits.double().log_softmax(-1)
+            true = float((before.exp() * (before - after)).sum(-1).mean())
+            assert expected == pytest.approx(true, rel=0.5, abs=1e-9)
+    assert found.left_out[0] == 0 < found.left_out[1] < found.left_out[MOST]
+
+
+def test_without_its_cheap_channels_an_mlp_has_no_room_for_the_others():
+    costs = torch.tensor([[1.0, 4.0, 16.0, 64.0]])
+    assert tightened(costs, 0, True) == tightened(costs, 0, False) == 1
+    assert tightened(costs, 2, True) == pytest.approx(0.5 * 32 / 8)  # geometric means
+    assert tightened(costs, 2, False) == pytest.approx(80 / 85)
+    assert tightened(torch.ones(2, 4), 1, True) == pytest.approx(0.75)
+
+
+def test_a_narrower_plan_has_as_many_bits_in_all_and_is_taken_where_it_is_better(monkeypatch):
+    budget = make_plan("vptq", 2.3, {"kmeans_steps": "2", "rounds": "0", "permute": "no"})
+    text = {"calibration": "calibration-c4", "samples": 4, "context": 64, "device": "cpu"}
+    wide, narrow = plan_model(DEMO_MODEL, budget, **text), plan_model(DEMO_MODEL, budget, narrower=True, **text)
+    assert wide.channels is None and narrow.channels in range(512, 1024, 64)
+    assert narrow.kl < wide.kl
+    weights = {plan.channels: sum(row["shape"][0] * row["shape"][1] for row in plan.rows) for plan in (wide, narrow)}
+    assert weights[None] - weights[narrow.channels] == 5 * 3 * 384 * (1024 - narrow.channels)
+    assert 2.28 * weights[None] < narrow.bits_per_weight * weights[narrow.channels] <= 2.3 * weights[None]
+    dear = {"left_out": (0.0, *[wide.kl] * MOST)}
+    monkeypatch.setattr("voroq.pipeline.planning.probe", lambda *args, **rest: replace(probe(*args, **rest), **dear))
+    assert plan_model(DEMO_MODEL, budget, narrower=True, **text) == wide
 
 
 def test_pyramids_are_probed_by_inputs_alone_where_both_sides_are_slow(tmp_path, monkeypatch):

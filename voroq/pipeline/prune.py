@@ -4,13 +4,10 @@ A channel costs what its column of down costs once all others have answered (`co
 each, since a config has one width for all; what is left of down answers by least squares (`without_columns`), and the rows of gate and
 up go with them. The bits that they would have taken are then there for others: to quantize the rest finer costs nothing in all.
 
-Which linears those are is tried, as for interleaving, and so is which number in the config is their width.
-
 Least squares answer for one MLP's output. What leaving out still costs the answers of the model, tuning lowers: some steps towards the
 model as it was, of all linears of the blocks (`ANSWERING`).
 """
 
-import copy
 import math
 import tempfile
 import time
@@ -26,12 +23,12 @@ from torch import Tensor, nn
 
 from voroq.errors import VoroqError
 from voroq.methods.vptq import column_costs
-from voroq.numerics.linalg import damped, relative_proxy_loss, without_columns
+from voroq.numerics.linalg import damped, padded_without, relative_proxy_loss
 from voroq.packed.files import Entry, write_json, write_safetensors
 from voroq.packed.shards import write_index
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.calibration import DEFAULT_SAMPLES, Texts, calibration_windows
-from voroq.pipeline.interleave import Inner, inner_of
+from voroq.pipeline.channels import DAMPING, PART, mlp_of, narrowed_config, shapes_of, width_key
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import observe_block
 from voroq.pipeline.output import check_disk, check_new, copied, copy_companions
@@ -43,10 +40,6 @@ from voroq.pipeline.tune import Tuned, check_head, check_memory, tune
 from voroq.pipeline.work import resolve_devices
 from voroq.tuning.loop import Tuning
 
-DAMPING = 0.01
-"""Added to the diagonal of second moments, relative to its mean."""
-PART = 16
-"""Of so many channels one is left out where no number is given."""
 ANSWERING = Tuning(samples=8192, batch=4, norm_rate=0.0001, weight_rate=0.0005, guide=1.0)
 """How the rest of the model is tuned to answer for what was left out; `steps` are asked for."""
 
@@ -75,12 +68,12 @@ def prune_model(
     progress = progress or Silent()
     origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
     model = open_model(origin, device=resolve_devices(device)[0])
-    mlps = [_shapes(model, index) for index in range(model.n_blocks)]
+    mlps = [shapes_of(model, index) for index in range(model.n_blocks)]
     width = mlps[0].down.in_features
     channels = width - width // PART if channels is None else channels
     if not 1 <= channels < width:
         raise VoroqError(f"{channels} of {width} channels cannot be kept: give 1 to {width - 1}")
-    key = _width_key(model, mlps, channels)
+    key = width_key(model, mlps, channels)
     tuning = replace(ANSWERING, steps=steps)
     if steps:
         check_head(model)
@@ -102,12 +95,12 @@ def prune_model(
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             lost = job.write(first, model.capture(windows, job.batch, limit=ACTIVATIONS_IN_MEMORY, folder=scratch))
             copy_companions(origin.folder, first, code=origin.trust_remote_code)
-            write_json(first / "config.json", _narrowed(origin.config, key, channels))
+            write_json(first / "config.json", narrowed_config(origin.config, key, channels))
             if steps:
                 tuned = _taught(model, first, folder, more, tuning, seed=seed, progress=progress)
     except OSError as error:
         raise VoroqError(f"cannot write to {folder}: {error.strerror}; free some space, or choose another OUT") from error
-    total = sum(math.prod(site.shape) for index in range(model.n_blocks) for site in model.sites(index))
+    total = model.linear_weights
     gone = sum(math.prod(linear.weight.shape) for mlp in mlps for linear in (*mlp.ups, mlp.down)) * (width - channels) // width
     return {
         "source": str(source),
@@ -181,7 +174,7 @@ class Pruning:
         """The MLP's tensors of block `index`, by their names on disk, and the share of its output that down loses; `states` move on."""
         model = self.model
         block = model.load_block(index)
-        mlp = _mlp(model, block, index)
+        mlp = mlp_of(model, block, index)
         down = mlp.names[0]
         moments, _ = observe_block(model, block, index, states, self.batch, sites=[down], outputs=states)
         h, _ = damped(moments[down].hessian(), DAMPING)
@@ -189,8 +182,7 @@ class Pruning:
         gone = column_costs(w, h).argsort(stable=True)[: w.shape[1] - self.channels]
         kept = torch.ones(w.shape[1], dtype=torch.bool, device=w.device)
         kept[gone] = False
-        padded = torch.zeros_like(w)
-        padded[:, kept] = without_columns(w, h, gone)
+        padded = padded_without(w, h, gone)
         new = {down: padded[:, kept]} | {name: _rows(up, kept) for name, up in zip(mlp.names[1:], mlp.ups, strict=True)}
         tensors = {}
         for name, weight in new.items():
@@ -203,50 +195,3 @@ class Pruning:
 def _rows(up: nn.Linear, kept: Bool[Tensor, "n"]) -> Tensor:
     """The rows of `up` that make the channels `kept`; several per channel where linears are fused."""
     return up.weight.detach()[kept.repeat(up.out_features // kept.shape[0])]
-
-
-def _mlp(model: OpenModel, block: nn.Module, index: int) -> Inner:
-    """The MLP of `block`, loaded. Raises VoroqError where there is not exactly one that is stored tensor by tensor."""
-    name = model.block_name(index)
-    found = [inner for module, inner in inner_of(block, name) if inner.is_free(module)]
-    if len(found) != 1:
-        raise VoroqError(f"{name} has {len(found)} MLPs of plain linears without biases; models with one in every block can be pruned")
-    for part in found[0].names:
-        if model.plain_source(f"{part}.weight") is None:
-            raise VoroqError(f"{part} is not stored as a tensor of its own; save the model with transformers and prune that")
-    return found[0]
-
-
-def _shapes(model: OpenModel, index: int) -> Inner:
-    """The MLP of block `index`, its weights on meta."""
-    try:
-        return _mlp(model, model.load_block(index), index)
-    finally:
-        model.drop_block(index)
-
-
-def _width_key(model: OpenModel, mlps: list[Inner], channels: int) -> str:
-    """The name of the number in the config that is the width of all `mlps` and of nothing else."""
-    width = mlps[0].down.in_features
-    wanted = {f"{name}.weight" for mlp in mlps for name in mlp.names}
-    before = {name: p.shape for name, p in model.skeleton.named_parameters()}
-    text = model.config.get_text_config()
-    for key in [key for key, value in text.to_dict().items() if value == width and not isinstance(value, bool)]:
-        config = copy.deepcopy(model.config)
-        setattr(config.get_text_config(), key, channels)
-        try:
-            with torch.device("meta"):
-                after = {name: p.shape for name, p in type(model.skeleton)(config).named_parameters()}
-        except Exception:  # any other number may be needed as it is
-            continue
-        if {name for name in after if after[name] != before.get(name, after[name])} == wanted:
-            return key
-    name = model.source.name
-    raise VoroqError(f"no number in the config of {name} is the width ({width}) of its MLPs alone; such models cannot be pruned")
-
-
-def _narrowed(config: dict[str, Any], key: str, channels: int) -> dict[str, Any]:
-    for part in ("text_config", "llm_config"):
-        if isinstance(config.get(part), dict) and key in config[part]:
-            return {**config, part: {**config[part], key: channels}}
-    return {**config, key: channels}

@@ -81,8 +81,8 @@ def quantize_model(
     `interleave` reorders the channels inside MLPs where vectors of weights span rows (`pipeline/interleave.py`).
     `device` is auto, cpu, cuda or a list of devices. `block_tuning` tunes every quantized block towards the original block's output
     on the same inputs, `tuning` the whole quantized model towards the original's logits afterwards (both are then in memory), or towards
-    those of another model, `teacher`, of which `source` is a pruned form.
-    With `resume` an interrupted run goes on; the result has the same bytes.
+    those of another model, `teacher`, of which `source` is a pruned form (at `revision`, where `source` is a folder). With `resume`
+    an interrupted run goes on; the result has the same bytes.
 
     Everything that can be refused is refused before the first block. Raises VoroqError (FormatError for damaged files).
     """
@@ -92,7 +92,7 @@ def quantize_model(
     devices = resolve_devices(device)
     model = _original(source, devices[0], revision, trust_remote_code)
     _check_modes(model, mode, hessian, tuning)
-    taught = None if teacher is None else _teacher(model, teacher, tuning, trust_remote_code)
+    taught = None if teacher is None else _teacher(model, teacher, tuning, revision)
     if tuning is not None and tuning.steps:
         check_memory(model, taught)
     ready = prepare(model, plan, calibration=calibration, samples=samples, context=context, mode=mode, seed=seed, progress=progress)
@@ -113,19 +113,19 @@ def quantize_model(
     entries = [run.outer(), *run.blocks(ready.windows)]
     tuned = None
     if tuning is not None and tuning.steps:
-        rest = {"teacher": taught, "seed": seed, "progress": progress}
-        entries, tuned = tune_finished(model, output, ready.layout, ready.dtype, entries, more, tuning, **rest)
+        at = (output, ready.layout, ready.dtype)
+        entries, tuned = tune_finished(model, *at, entries, more, tuning, teacher=taught, seed=seed, progress=progress)
     report = {
         "voroq_report": 1,
         "version": voroq.__version__,
-        "source": str(source),
+        "source": str(source if teacher is None else teacher),
         **described(ready.methods),
         "mode": mode,
         "hessian": hessian,
         "seed": seed,
         "calibration": {"text": described_text(calibration), **dict(zip(("samples", "context"), ready.windows.shape, strict=True))},
     }
-    report |= {**totals(model.source, entries, began), "tuning": tuned, "settings": settings}
+    report |= {**totals(model.source, entries, began), **_share(model, taught), "tuning": tuned, "settings": settings}
     read = spec_type(ready.layout).from_json
     specs: dict[str, Spec] = {name: read(data, name) for entry in entries for name, data in entry["specs"].items()}
     output.finish(model.source, specs, ready.layout, frozenset(name for entry in entries for name in entry["biased"]), report)
@@ -157,20 +157,26 @@ def check_teacher_of(
 ) -> None:
     """Raise VoroqError where `source` cannot be tuned towards `teacher`; for those who plan before they run."""
     origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
-    _teacher(open_model(origin, device=resolve_devices(device)[0]), teacher, tuning, trust_remote_code)
+    _teacher(open_model(origin, device=resolve_devices(device)[0]), teacher, tuning, revision)
 
 
-def _teacher(model: OpenModel, teacher: str | Path, tuning: Tuning | None, trust_remote_code: bool) -> OpenModel:
+def _teacher(model: OpenModel, teacher: str | Path, tuning: Tuning | None, revision: str | None) -> OpenModel:
     """The model to tune towards. Raises VoroqError where nothing is tuned, and where its answers or blocks are not of `model`'s kind."""
     if tuning is None:
         raise VoroqError("a teacher is what tuning aims at, and nothing is tuned here: leave it out, or ask for --effort balanced or best")
-    found = open_model(open_source(teacher, trust_remote_code=trust_remote_code), device=model.device)
+    revision = revision if Path(model.source.name).is_dir() else None
+    found = open_model(open_source(teacher, revision=revision, trust_remote_code=model.source.trust_remote_code), device=model.device)
     ours, theirs = model.config.get_text_config(), found.config.get_text_config()
     for what in ("vocab_size", "hidden_size", "num_hidden_layers"):
         mine, its = getattr(ours, what, None), getattr(theirs, what, None)
         if mine != its:
             raise VoroqError(f"the teacher {teacher} has {what} {its} and {model.source.name} {mine}: give the model that it was made of")
     return found
+
+
+def _share(model: OpenModel, teacher: OpenModel | None) -> dict[str, float]:
+    """How many of the weights of `teacher`'s linears are left in `model`."""
+    return {"share_of_weights": 1.0 if teacher is None else model.linear_weights / teacher.linear_weights}
 
 
 def _check_modes(model: OpenModel, mode: str, hessian: str, tuning: Tuning | None) -> None:

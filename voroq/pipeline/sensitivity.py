@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from voroq.errors import VoroqError
 from voroq.methods import VPTQ, is_slow_two_sided
-from voroq.methods.vptq import Thinning
+from voroq.methods.vptq import Thinning, column_costs
+from voroq.numerics.linalg import damped, padded_without
 from voroq.pipeline.activations import Activations
+from voroq.pipeline.channels import DAMPING, Channels
 from voroq.pipeline.gradients import gradient_windows, observe_outputs, output_gradients, pull_through
 from voroq.pipeline.model import OpenModel
 from voroq.pipeline.observe import observe_block, run_block
@@ -38,12 +40,32 @@ class Worth:
 
     kl: float
     thinning: Thinning | None
+    tighter: tuple[float, ...] = ()
+    """Of linears that make channels, for every number of those that may be left out: how many times as much the errors of the others cost
+    then, at the same bits for each."""
+
+
+@dataclass(frozen=True)
+class Worths:
+    """What the `sites` are worth, and the KL per token of every number of channels that may be left out, in all blocks at once."""
+
+    sites: dict[str, Worth]
+    left_out: tuple[float, ...]
 
 
 def probe(
-    model: OpenModel, plan: Plan, windows: Int[Tensor, "windows ctx"], *, dtype: torch.dtype, seed: int, folder: Path, progress: Progress
-) -> dict[str, Worth]:
-    """What each site is worth, rounded as `plan` says, tables in `dtype`. One block is in memory; `folder` takes what spills.
+    model: OpenModel,
+    plan: Plan,
+    windows: Int[Tensor, "windows ctx"],
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+    channels: Channels | None = None,
+) -> Worths:
+    """What each site is worth, rounded as `plan` says, tables in `dtype`, and what those of MLPs are with fewer of the `channels`, if
+    any. One block is in memory; `folder` takes what spills.
 
     Raises VoroqError for a model without a head, or where its gradients are not finite.
     """
@@ -53,16 +75,17 @@ def probe(
     batch = windows_at_once(windows.shape[1])
     windows = windows[: gradient_windows(*windows.shape, batch)]
     found: dict[str, Worth] = {}
+    left = torch.zeros(len(channels.steps) if channels else 0, windows.numel())
     with model.capture(windows, batch, limit=ACTIVATIONS_IN_MEMORY, folder=folder) as states:
         room = {"limit": ACTIVATIONS_IN_MEMORY, "folder": folder}
         gradients = output_gradients(model, windows, states, batch, seed=seed, progress=progress, **room)
         for index in range(model.n_blocks):
             progress.stage(f"probing block {index + 1} of {model.n_blocks}")
             block = model.load_block(index)
-            found |= _probe_block(model, block, index, states, gradients[index], batch, plan, dtype, seed)
+            found |= _probe_block(model, block, index, states, gradients[index], batch, plan, dtype, seed, channels, left)
             gradients[index].close()
             model.drop_block(index)
-    return found
+    return Worths(found, tuple((left.double().square().mean(1) / 2).tolist()))
 
 
 def _probe_block(
@@ -75,40 +98,66 @@ def _probe_block(
     plan: Plan,
     dtype: torch.dtype,
     seed: int,
+    channels: Channels | None,
+    left_out: Float[Tensor, "steps tokens"],
 ) -> dict[str, Worth]:
     chosen = {site.name: plan.method_for(site.name) for site in model.sites(index)}
     names = [name for name, method in chosen.items() if method is not None]
     outputs = observe_outputs(model, block, index, states, gradients, batch, sites=names)
     moments, _ = observe_block(model, block, index, states, batch, sites=names)
     linears, errors, thinnings = model.linears(block, index), {}, {}
-    for name in names:
-        w = linears[name].weight.detach().float()
+    weights = {name: linears[name].weight.detach().float() for name in names}
+    for name, w in weights.items():
         known = moments[name]
         if not is_slow_two_sided(chosen[name], (model.device,)):
             known = replace(known, outputs=outputs[name])
         made = chosen[name](w, known, generator(seed, name))
-        errors[name] = w - narrow(made, dtype).dequantize().to(w.device)
+        errors[name] = (w - narrow(made, dtype).dequantize().to(w.device))[None]
         if isinstance(chosen[name], VPTQ):
             thinnings[name] = Thinning.of(w, known, chosen[name].damping)
-    found = divergences(model, block, index, states, gradients, batch, errors)
+    tighter: dict[str, tuple[float, ...]] = {}
+    for down, *ups in [mlp for mlp in channels.mlps if set(mlp) <= set(names)] if channels else ():
+        h, _ = damped(moments[down].hessian(), DAMPING)
+        order = column_costs(weights[down], h).argsort(stable=True)
+        left = [weights[down] - padded_without(weights[down], h, order[:gone]) for gone in channels.steps]
+        errors[down] = torch.stack([errors[down][0], *left])
+        dealt = any(set(ups) <= set(group) for groups in model.interleaved.values() for group in groups)
+        for up in ups:
+            costs = weights[up].square().sum(1) * outputs[up].diagonal()
+            tighter[up] = tuple(tightened(costs.reshape(-1, channels.width)[:, order], gone, dealt) for gone in channels.steps)
+    found = responses(model, block, index, states, gradients, batch, errors)
+    for _, *left in found.values():
+        if left:
+            left_out += torch.stack(left)
     run_block(model, block, index, states, batch, states)
-    return {name: Worth(kl, thinnings.get(name)) for name, kl in found.items()}
+    tokens = gradients.shape[0] * gradients.shape[1]
+    kl = {name: float(own.double().square().sum()) / 2 / tokens for name, (own, *_) in found.items()}
+    return {name: Worth(kl[name], thinnings.get(name), tighter.get(name, ())) for name in found}
 
 
-def divergences(
+def tightened(costs: Float[Tensor, "n channels"], gone: int, dealt: bool) -> float:
+    """How many times as much the errors of channels cost without the first `gone` of them, for what equal errors in each `costs`. Where
+    channels are dealt out to tiles, cheap ones make room for the others in each, which is missing then."""
+    costs = costs.double().clamp_min(1e-30)
+    means = [float(part.log().mean().exp() if dealt else part.mean()) for part in (costs[:, gone:], costs)]
+    return (1 - gone / costs.shape[1]) * means[0] / means[1]
+
+
+def responses(
     model: OpenModel,
     block: nn.Module,
     index: int,
     inputs: Activations,
     gradients: Activations,
     batch: int,
-    errors: Mapping[str, Float[Tensor, "out in"]],
-) -> dict[str, float]:
-    """1/2 sum over tokens of (g^T E x)^2, over all positions, for the error E of each site's weight."""
-    sums = {name: torch.zeros((), dtype=torch.float64) for name in errors}
+    errors: Mapping[str, Float[Tensor, "n out in"]],
+) -> dict[str, Float[Tensor, "n tokens"]]:
+    """g^T E x, token by token, for each of the errors E of each site's weight; half its mean square is the divergence they cause."""
+    found: dict[str, list[Tensor]] = {name: [] for name in errors}
 
     def collect(name: str, x: Tensor, gradient: Tensor) -> None:
-        sums[name] += (gradient.float() * (x.float() @ errors[name].T)).sum(-1).square().double().sum().cpu()
+        g, x = gradient.float().flatten(0, -2), x.float().flatten(0, -2)
+        found[name].append(torch.stack([(g * (x @ error.T)).sum(-1) for error in errors[name]]).cpu())
 
     pull_through(model, block, index, inputs, gradients, batch, sites=errors, collect=collect)
-    return {name: float(total) / 2 / (gradients.shape[0] * gradients.shape[1]) for name, total in sums.items()}
+    return {name: torch.cat(parts, 1) if parts else torch.zeros(errors[name].shape[0], 0) for name, parts in found.items()}

@@ -8,7 +8,6 @@ The loop itself is `tuning/loop.py`. (The paper's two last stages, whose code wa
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +57,8 @@ def tuning_bytes(model: OpenModel) -> int:
     """About the memory that `tune` takes: a float32 original, per quantized weight what makes and moves it, and logits of one pass."""
     skeleton = model.skeleton
     weights = sum(p.numel() for p in skeleton.parameters())
-    sites = sum(math.prod(site.shape) for index in range(model.n_blocks) for site in model.sites(index))
-    return 4 * weights + PER_WEIGHT * sites + PER_LOGIT * TOKENS_AT_ONCE * getattr(model.config.get_text_config(), "vocab_size", 0)
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+    return 4 * weights + PER_WEIGHT * model.linear_weights + PER_LOGIT * TOKENS_AT_ONCE * vocabulary
 
 
 @dataclass(frozen=True)

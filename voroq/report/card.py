@@ -152,6 +152,7 @@ def making(report: dict[str, Any], found: Inspection) -> str:
         "method": report.get("method"),
         "options": ", ".join(f"{key}={value}" for key, value in options.items()) if isinstance(options, dict) else options,
         "settings": ", ".join(f"{words} ({count} linears)" for words, count in Counter(site.settings for site in found.sites).items()),
+        "channels": _narrowed(report.get("share_of_weights"), found.bits_per_weight),
         "calibration": calibration,
         "mode": report.get("mode"),
         "tuning": _tuning(report.get("tuning")),
@@ -160,6 +161,12 @@ def making(report: dict[str, Any], found: Inspection) -> str:
         "seconds": f"{report['seconds']:.0f}" if "seconds" in report else None,
     }
     return "\n".join(f"- {key}: {value}" for key, value in lines.items() if value not in (None, ""))
+
+
+def _narrowed(share: Any, bits: float) -> str | None:
+    if not isinstance(share, float) or share == 1:
+        return None
+    return f"some left out; {100 * share:.1f} % of the original's weights are left, {share * bits:.3f} bits for each that it had"
 
 
 def _tuning(tuning: Any) -> str | None:

@@ -1,0 +1,151 @@
+"""What an effort does before a run and around it: text by the model itself, fewer channels, bits where they are worth most.
+
+    own text    documents that the model writes, half of them as texts begin and half begun anywhere, beside the calibration text
+    channels    the plan says how many of the MLPs' channels pay for themselves; the rest is quantized and tuned towards the original
+    bits        the budget, allocated
+
+What takes minutes lies beside the journal in OUT until the run has ended, under names that say what it was made of, so that an interrupted
+run finds it again.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voroq.errors import VoroqError
+from voroq.evaluation.generation import can_begin, documents
+from voroq.evaluation.models import max_positions, open_model
+from voroq.front import quantize_model
+from voroq.methods import Method
+from voroq.packed.files import write_text
+from voroq.pipeline import model as skeletons
+from voroq.pipeline.calibration import Texts, listed
+from voroq.pipeline.effort import Effort
+from voroq.pipeline.output import JOURNAL, check_claim
+from voroq.pipeline.plan import Budget, Plan
+from voroq.pipeline.planning import can_plan, plan_model
+from voroq.pipeline.progress import Progress, Silent
+from voroq.pipeline.prune import prune_model
+from voroq.pipeline.run import check_memory_of, check_teacher_of
+from voroq.pipeline.source import Source, open_source
+
+TOKENS = 256
+"""Of a document that the model writes, at most."""
+
+
+def quantize_with(
+    effort: Effort,
+    source: str | Path,
+    out: str | Path,
+    plan: Plan | Budget | Method,
+    *,
+    allocate: bool | None = None,
+    own_text: int | None = None,
+    channels: int | None = None,
+    teacher: str | Path | None = None,
+    calibration: Texts = None,
+    samples: int | None = None,
+    context: int | None = None,
+    interleave: bool = True,
+    device: str = "auto",
+    seed: int = 0,
+    resume: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Quantize the model `source` into the new folder `out` as `effort` does, and return the report; see `quantize_model`.
+
+    `own_text` documents are written to calibrate on beside the text, and `channels` are left in every MLP, 0 for all; where they are None,
+    as the effort has it. The bits of a budget are then per weight of `source` as it was. `allocate` spends them by what every linear is
+    worth, if None where the effort does. `teacher` is what to tune towards, where that is not `source`. `options` go to the run.
+
+    Raises VoroqError, for what can be refused before anything is done.
+    """
+    progress = progress or Silent()
+    place = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    check_claim(Path(out), resume=resume)
+    if effort.tuning is not None:
+        check_memory_of(source, **place)
+    if teacher is not None:
+        check_teacher_of(source, teacher, effort.tuning, **place)
+    if channels and (teacher is not None or effort.tuning is None):
+        raise VoroqError(
+            "channels are left out of a model that is then tuned towards what it was: leave --channels out with a --teacher, and where "
+            "nothing is tuned (--effort fast); voroq prune leaves them out without tuning"
+        )
+    if allocate is None:
+        allocate = effort.allocates(plan) and can_plan(source, **place)
+    begun = Beginning(source, Path(out) / JOURNAL, seed, place, progress)
+    written = effort.own_text if own_text is None else own_text
+    if written:
+        calibration = [*listed(calibration), begun.own_text(written)]
+    text = {"calibration": calibration, "context": context}
+    if channels:
+        teacher, source = source, begun.narrower(channels, samples=samples, **text)
+        plan = replace(plan, bits=plan.bits / begun.share(source)) if isinstance(plan, Budget) else plan
+    if allocate:
+        narrower = effort.narrower and channels is None and teacher is None
+        found = plan_model(source, plan, narrower=narrower, interleave=interleave, seed=seed, progress=progress, **text, **place)
+        plan = found.plan
+        if found.channels is not None:
+            teacher, source = source, begun.narrower(found.channels, samples=samples, **text)
+    how = {"tuning": effort.tuning, "teacher": teacher, "samples": samples, "interleave": interleave, "seed": seed, "resume": resume}
+    return quantize_model(source, out, plan, progress=progress, **how, **text, **place, **options)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is made of the model `source` before its run, in `folder`."""
+
+    source: str | Path
+    folder: Path
+    seed: int
+    place: Mapping[str, Any]
+    progress: Progress
+
+    def own_text(self, count: int) -> Path:
+        """The file with `count` documents by the model."""
+        path = self.folder / f"own-text-{self._mark(count)}.jsonl"
+        if path.is_file():
+            return path
+        self.progress.stage("writing text of its own")
+        model, tokenizer = open_model(str(self.source), **self.place)
+        positions = max_positions(model)
+        rest = {"tokens": TOKENS if positions is None else min(TOKENS, positions - 1), "seed": self.seed}
+        halves = {"bos": count - count // 2, "anywhere": count // 2} if can_begin(tokenizer) else {"anywhere": count}
+        texts: list[str] = []
+        for begin, documents_of_it in halves.items():
+            for more in documents(model, tokenizer, documents_of_it, begin=begin, **rest) if documents_of_it else ():
+                texts += more
+                self.progress.stage(f"writing text of its own, {len(texts)} of {count} documents")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+        return path
+
+    def narrower(self, channels: int, **text: Any) -> Path:
+        """The folder with the model of so many channels, calibrated on `text`."""
+        path = self.folder / f"channels-{self._mark(channels, {name: str(value) for name, value in text.items()})}"
+        if not (path / "config.json").is_file():  # the last of its files
+            shutil.rmtree(path, ignore_errors=True)
+            prune_model(self.source, path, channels=channels, seed=self.seed, progress=self.progress, **text, **self.place)
+        return path
+
+    def share(self, narrower: Path) -> float:
+        """How many of the weights of the blocks' linears are left in `narrower`."""
+        left, whole = (skeletons.open_model(self._opened(one), device=torch.device("cpu")) for one in (narrower, self.source))
+        return left.linear_weights / whole.linear_weights
+
+    def _opened(self, source: str | Path) -> Source:
+        return open_source(source, revision=self.place["revision"], trust_remote_code=self.place["trust_remote_code"])
+
+    def _mark(self, *made_of: Any) -> str:
+        mark = json.dumps([self._opened(self.source).fingerprint(), self.seed, *made_of], sort_keys=True)
+        return hashlib.sha256(mark.encode()).hexdigest()[:12]

@@ -1,5 +1,6 @@
 """voroq: extremely low-bit quantization of language models by vectors.
 
+    voroq.quantize_with(voroq.EFFORTS["best"], source, out, voroq.make_plan("vptq", 2.1, {}))
     voroq.quantize_model(source, out, plan)          model, tokenizer = voroq.load(out)
 
 `import voroq` loads neither torch nor transformers; names are imported on first use. It makes transformers load our folders:
@@ -25,7 +26,10 @@ _HOME = {
     "lora": "voroq.integrations.peft",
     "PyramidCache": "voroq.integrations.cache",
     "quantize_model": "voroq.front",
+    "quantize_with": "voroq.prelude",
+    "EFFORTS": "voroq.pipeline.effort",
     **dict.fromkeys(["plan_model", "read_plan"], "voroq.pipeline.planning"),
+    "make_plan": "voroq.pipeline.plan",
     "rotate_model": "voroq.pipeline.rotate",
     **dict.fromkeys(["VPTQ", "PVQ", "GPTQ", "RTN", "METHODS"], "voroq.methods"),
     "Method": "voroq.methods.base",

@@ -31,8 +31,8 @@ from voroq.pipeline.output import JOURNAL, check_claim
 from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.planning import can_plan, plan_model
 from voroq.pipeline.progress import Progress, Silent
-from voroq.pipeline.prune import prune_model
-from voroq.pipeline.run import check_memory_of, check_teacher_of
+from voroq.pipeline.prune import check_prunable, prune_model
+from voroq.pipeline.run import check_teacher_of, check_tuning_of
 from voroq.pipeline.source import Source, open_source
 
 TOKENS = 256
@@ -72,15 +72,13 @@ def quantize_with(
     progress = progress or Silent()
     place = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     check_claim(Path(out), resume=resume)
+    narrower = effort.narrower and channels is None and teacher is None and isinstance(plan, Budget) and plan.method == "vptq"
     if effort.tuning is not None:
-        check_memory_of(source, **place)
+        check_tuning_of(source, narrower=narrower or bool(channels), **place)
     if teacher is not None:
         check_teacher_of(source, teacher, effort.tuning, **place)
-    if channels and (teacher is not None or effort.tuning is None):
-        raise VoroqError(
-            "channels are left out of a model that is then tuned towards what it was: leave --channels out with a --teacher, and where "
-            "nothing is tuned (--effort fast); voroq prune leaves them out without tuning"
-        )
+    if channels:
+        _check_channels(source, channels, effort, teacher, place)
     if allocate is None:
         allocate = effort.allocates(plan) and can_plan(source, **place)
     begun = Beginning(source, Path(out) / JOURNAL, seed, place, progress)
@@ -92,13 +90,21 @@ def quantize_with(
         teacher, source = source, begun.narrower(channels, samples=samples, **text)
         plan = replace(plan, bits=plan.bits / begun.share(source)) if isinstance(plan, Budget) else plan
     if allocate:
-        narrower = effort.narrower and channels is None and teacher is None
         found = plan_model(source, plan, narrower=narrower, interleave=interleave, seed=seed, progress=progress, **text, **place)
         plan = found.plan
         if found.channels is not None:
             teacher, source = source, begun.narrower(found.channels, samples=samples, **text)
     how = {"tuning": effort.tuning, "teacher": teacher, "samples": samples, "interleave": interleave, "seed": seed, "resume": resume}
     return quantize_model(source, out, plan, progress=progress, **how, **text, **place, **options)
+
+
+def _check_channels(source: str | Path, channels: int, effort: Effort, teacher: str | Path | None, place: Mapping[str, Any]) -> None:
+    if teacher is not None or effort.tuning is None:
+        raise VoroqError(
+            "channels are left out of a model that is then tuned towards what it was: leave --channels out with a --teacher, and where "
+            "nothing is tuned (--effort fast); voroq prune leaves them out without tuning"
+        )
+    check_prunable(source, channels, **place)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,9 @@ def recorded(monkeypatch):
     monkeypatch.setattr(prelude, "can_plan", lambda source, **place: seen.head)
     monkeypatch.setattr(prelude, "plan_model", plan_model)
     monkeypatch.setattr(prelude, "quantize_model", quantize_model)
-    monkeypatch.setattr(prelude, "check_memory_of", lambda source, **place: seen.checked.append(source))
+    monkeypatch.setattr(prelude, "check_tuning_of", lambda source, *, narrower, **place: seen.checked.append((source, narrower)))
     monkeypatch.setattr(prelude, "check_teacher_of", lambda source, teacher, tuning, **place: seen.checked.append(teacher))
+    monkeypatch.setattr(prelude, "check_prunable", lambda source, channels, **place: seen.checked.append((source, channels)))
     monkeypatch.setattr(prelude.Beginning, "own_text", lambda self, count: Path(f"{count} documents"))
     monkeypatch.setattr(prelude.Beginning, "narrower", lambda self, channels, **text: Path(f"{self.source} with {channels} of {text}"))
     monkeypatch.setattr(prelude.Beginning, "share", lambda self, narrower: 0.875)
@@ -57,7 +58,7 @@ def test_an_effort_allocates_what_can_be_allocated_unless_told_otherwise(recorde
     grid = Budget("rtn", 4.1)
     assert plan("fast", grid) == grid
     assert plan("fast", grid, allocate=True) == plan("balanced", grid) == "the allocation"
-    assert recorded.checked == ["in", "in", "in"]
+    assert recorded.checked == [("in", False), ("in", True), ("in", False)]
 
 
 def test_what_is_shared_reaches_plan_and_run(recorded, tmp_path):
@@ -91,10 +92,12 @@ def test_channels_are_left_out_where_the_plan_says_so_or_the_user(recorded, tmp_
     text = {"samples": None, "calibration": None, "context": None}
     assert run("best") == ("in", None, True) and run("balanced") == run("best", 0) == ("in", None, False)
     assert run("best", teacher="whole") == ("in", "whole", False)
+    assert recorded.checked == [("in", True), ("in", False), ("in", False), ("in", False), "whole"]
     recorded.channels = 960
     assert run("best") == (Path(f"in with 960 of {text}"), "in", True)
     recorded.channels = None
     assert run("balanced", 896) == (Path(f"in with 896 of {text}"), "in", False)
+    assert recorded.checked[-2:] == [("in", True), ("in", 896)]
     assert recorded.planned[0] == (Path(f"in with 896 of {text}"), Budget("vptq", 2.1 / 0.875))
 
 
@@ -108,6 +111,12 @@ def test_what_can_be_refused_is_refused_before_anything_is_done(recorded, tmp_pa
     with pytest.raises(VoroqError, match="is not a voroq run"):
         quantize_with(EFFORTS["best"], "in", tmp_path / "out", BUDGET)
     assert recorded.planned is recorded.run is None and recorded.checked == []
+
+
+def test_channels_that_cannot_be_kept_are_refused_before_text_is_written(tmp_path):
+    with pytest.raises(VoroqError, match="1024 of 1024 channels cannot be kept"):
+        quantize_with(SHORT, DEMO_MODEL, tmp_path / "out", BUDGET, channels=1024, **TEXT)
+    assert not (tmp_path / "out").exists()
 
 
 class Stops(Silent):

@@ -18,7 +18,7 @@ DAMPING = 0.01
 """Added to the diagonal of second moments, relative to its mean, where channels answer for others."""
 PART = 16
 """Channels are left out by sixteenths, one of them where no number is given."""
-MOST = 8
+MOST = 6
 """Sixteenths that are thought of leaving out."""
 
 

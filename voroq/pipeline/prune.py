@@ -29,6 +29,7 @@ from voroq.packed.shards import write_index
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.calibration import DEFAULT_SAMPLES, Texts, calibration_windows
 from voroq.pipeline.channels import DAMPING, PART, mlp_of, narrowed_config, shapes_of, width_key
+from voroq.pipeline.interleave import Inner
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import observe_block
 from voroq.pipeline.output import check_disk, check_new, copied, copy_companions
@@ -68,12 +69,8 @@ def prune_model(
     progress = progress or Silent()
     origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
     model = open_model(origin, device=resolve_devices(device)[0])
-    mlps = [shapes_of(model, index) for index in range(model.n_blocks)]
+    mlps, channels, key = _prunable(model, channels)
     width = mlps[0].down.in_features
-    channels = width - width // PART if channels is None else channels
-    if not 1 <= channels < width:
-        raise VoroqError(f"{channels} of {width} channels cannot be kept: give 1 to {width - 1}")
-    key = width_key(model, mlps, channels)
     tuning = replace(ANSWERING, steps=steps)
     if steps:
         check_head(model)
@@ -112,6 +109,24 @@ def prune_model(
         "tuning": tuned and {"steps": tuned.steps, "kl_before": tuned.before, "kl_after": tuned.after},
         "seconds": time.perf_counter() - began,
     }
+
+
+def check_prunable(
+    source: str | Path, channels: int | None, *, device: str, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Raise VoroqError where the model in `source` cannot be pruned to so many channels."""
+    origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
+    _prunable(open_model(origin, device=resolve_devices(device)[0]), channels)
+
+
+def _prunable(model: OpenModel, channels: int | None) -> tuple[list[Inner], int, str]:
+    """The MLPs on meta, how many channels they are to keep, and what the config calls that number."""
+    mlps = [shapes_of(model, index) for index in range(model.n_blocks)]
+    width = mlps[0].down.in_features
+    channels = width - width // PART if channels is None else channels
+    if not 1 <= channels < width:
+        raise VoroqError(f"{channels} of {width} channels cannot be kept: give 1 to {width - 1}")
+    return mlps, channels, width_key(model, mlps, channels)
 
 
 def _taught(

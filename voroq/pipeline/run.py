@@ -140,10 +140,14 @@ def _original(source: str | Path, device: torch.device, revision: str | None, tr
     return open_model(origin, device=device)
 
 
-def check_memory_of(source: str | Path, *, device: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
-    """Raise VoroqError where tuning all of the model in `source` would not fit into memory; for those who plan before they run."""
-    origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
-    check_memory(open_model(origin, device=resolve_devices(device)[0]))
+def check_tuning_of(
+    source: str | Path, *, narrower: bool = False, device: str, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Raise VoroqError where the model in `source` cannot be tuned as a whole, or a narrower form of it beside it does not fit into
+    memory; for those who do something before they run."""
+    model = _original(source, resolve_devices(device)[0], revision, trust_remote_code)
+    check_head(model)
+    check_memory(model, model if narrower else None)
 
 
 def check_teacher_of(

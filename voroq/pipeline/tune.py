@@ -47,9 +47,10 @@ def check_memory(model: OpenModel, teacher: OpenModel | None = None) -> None:
     more = 0 if teacher is None else 4 * sum(p.numel() for p in teacher.skeleton.parameters())
     needed, free = tuning_bytes(model) + more, free_memory(model.device)
     if free is not None and needed > free:
+        less = "" if teacher is None else "keep all channels (--channels 0), so that one model less is held, "
         raise VoroqError(
-            f"tuning the whole model takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free on {model.device}; leave "
-            "tuning out (--effort fast holds one block at a time), or take a machine with more"
+            f"tuning the whole model takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free on {model.device}; "
+            f"{less}leave tuning out (--effort fast holds one block at a time), or take a machine with more"
         )
 
 

@@ -15,7 +15,7 @@ from voroq.pipeline import tune as pipeline_tune
 from voroq.pipeline.model import open_model
 from voroq.pipeline.plan import Plan
 from voroq.pipeline.progress import Silent
-from voroq.pipeline.run import check_memory_of
+from voroq.pipeline.run import check_tuning_of
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tiny_models_test import save_tiny
 from voroq.pipeline.tiny_runs_test import QUICK, content, quick_run, tiny_source
@@ -214,6 +214,8 @@ def test_a_model_without_a_head_cannot_be_tuned(tmp_path):
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
     with pytest.raises(VoroqError, match="no language model head"):
         quick_run(source, tmp_path / "out", tuning=SOME)
+    with pytest.raises(VoroqError, match="no language model head"):
+        check_tuning_of(source, device="cpu")
     assert not (tmp_path / "out").exists()
 
 
@@ -222,10 +224,12 @@ def test_what_does_not_fit_into_memory_is_refused_before_any_work(source, tmp_pa
     with pytest.raises(VoroqError, match=r"takes about .* GB of memory and 0.0 GB are free on cpu; .*--effort fast"):
         quick_run(source, tmp_path / "out", tuning=SOME)
     with pytest.raises(VoroqError, match="--effort fast"):
-        check_memory_of(source, device="cpu")
+        check_tuning_of(source, device="cpu")
+    with pytest.raises(VoroqError, match="--channels 0"):
+        check_tuning_of(source, narrower=True, device="cpu")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(pipeline_tune, "free_memory", lambda device: None)  # where the system does not say
-    check_memory_of(source, device="cpu")
+    check_tuning_of(source, device="cpu")
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])

@@ -34,6 +34,8 @@ from voroq.pipeline.progress import Progress, Silent
 from voroq.pipeline.prune import check_prunable, prune_model
 from voroq.pipeline.run import check_teacher_of, check_tuning_of
 from voroq.pipeline.source import Source, open_source
+from voroq.pipeline.work import resolve_devices
+from voroq.tuning.loop import multiplies_bfloat16
 
 TOKENS = 256
 """Of a document that the model writes, at most."""
@@ -123,7 +125,9 @@ class Beginning:
         if path.is_file():
             return path
         self.progress.stage("writing text of its own")
-        model, tokenizer = open_model(str(self.source), **self.place)
+        device = resolve_devices(self.place["device"])[0]
+        dtype = "bfloat16" if multiplies_bfloat16(device) else "auto"
+        model, tokenizer = open_model(str(self.source), dtype=dtype, **{**self.place, "device": str(device)})
         positions = max_positions(model)
         rest = {"tokens": TOKENS if positions is None else min(TOKENS, positions - 1), "seed": self.seed}
         halves = {"bos": count - count // 2, "anywhere": count // 2} if can_begin(tokenizer) else {"anywhere": count}

@@ -78,8 +78,8 @@ def test_text_of_its_own_stands_beside_the_text(recorded, tmp_path):
         assert recorded.planned[1]["calibration"] == recorded.run[1]["calibration"]
         return recorded.run[1]["calibration"]
 
-    assert calibration("best") == [None, Path("2048 documents")]
-    assert calibration("best", calibration=["a", "b"]) == ["a", "b", Path("2048 documents")]
+    assert calibration("best") == [None, Path("4096 documents")]
+    assert calibration("best", calibration=["a", "b"]) == ["a", "b", Path("4096 documents")]
     assert calibration("best", own_text=0) is calibration("balanced") is None
     assert calibration("fast", own_text=9, calibration="a") == ["a", Path("9 documents")]
 

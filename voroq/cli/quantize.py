@@ -109,7 +109,7 @@ OwnText = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="Documents that MODEL writes itself first, to calibrate on beside the text (voroq write); 0: none. Default: 2048 for best.",
+        help="Documents that MODEL writes itself first, to calibrate on beside the text (voroq write); 0: none. Default: 4096 for best.",
         show_default=False,
     ),
 ]

@@ -70,7 +70,7 @@ class Tuning:
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context that computes products in `precision` on `device`."""
-        half = self.precision == "bfloat16" or (self.precision == "auto" and _multiplies_bfloat16(device))
+        half = self.precision == "bfloat16" or (self.precision == "auto" and multiplies_bfloat16(device))
         return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
@@ -240,7 +240,8 @@ def _moved(q: Quantized, latent: Latent, limit: float) -> Iterator[Tensor]:
         yield repick(band, codes, latent.weight[:, band.start : band.stop], limit)
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has instructions for products of bfloat16 matrices."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())

@@ -1,6 +1,6 @@
 """voroq: extremely low-bit quantization of language models by vectors.
 
-    voroq.quantize_with(voroq.EFFORTS["best"], source, out, voroq.make_plan("vptq", 2.1, {}))
+    best = voroq.EFFORTS["best"];  voroq.quantize_with(best, source, out, voroq.make_plan("vptq", 2.1, best.completed("vptq", {})))
     voroq.quantize_model(source, out, plan)          model, tokenizer = voroq.load(out)
 
 `import voroq` loads neither torch nor transformers; names are imported on first use. It makes transformers load our folders:

@@ -45,5 +45,5 @@ _BEST = replace(_BALANCED, steps=2000, samples=8192, move_rate=0.0031, head_rate
 EFFORTS = {
     "fast": Effort(allocate=frozenset({"vptq", "pvq"})),
     "balanced": Effort(_BALANCED, allocate=EVERY),
-    "best": Effort(_BEST, 4096, True, {"vptq": {"rounds": "4", "restarts": "3"}}, allocate=EVERY),
+    "best": Effort(_BEST, own_text=4096, narrower=True, options={"vptq": {"rounds": "4", "restarts": "3"}}, allocate=EVERY),
 }

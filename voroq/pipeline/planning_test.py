@@ -56,8 +56,8 @@ def test_probing_weighs_every_site_that_the_plan_rounds(tmp_path):
     assert all(worth.kl > 0 for worth in found.values())
 
 
-def test_channels_left_out_of_all_blocks_cost_what_the_probe_says(tmp_path):
-    """Against the true KL of the model without them."""
+def test_channels_left_out_of_all_blocks_cost_what_the_probe_says(tmp_path, monkeypatch):
+    """Against the true KL of the model without them, and exactly: responses of all blocks add up before they are squared."""
     whole, tokens, model, states = prepared("Llama", tmp_path, windows=64)
     channels = channels_of(model)
     pruned = []
@@ -68,8 +68,12 @@ def test_channels_left_out_of_all_blocks_cost_what_the_probe_says(tmp_path):
         order = column_costs(w, h).argsort(stable=True)
         pruned.append((down, [padded_without(w, h, order[:gone]) for gone in channels.steps]))
     plan, text = Plan(VPTQ(vector_length=2, table_bits=4)), {"dtype": torch.float32, "seed": 1, "folder": tmp_path, "progress": Silent()}
-    found = probe(model, plan, tokens, channels=channels, **text)
     assert probe(model, plan, tokens, **text).left_out == ()
+    heard = []
+    monkeypatch.setattr("voroq.pipeline.sensitivity.responses", lambda *args: heard.append(responses(*args)) or heard[-1])
+    found = probe(model, plan, tokens, channels=channels, **text)
+    together = sum(block[down].double()[1:] for block, (down, *_) in zip(heard, channels.mlps, strict=True))
+    assert found.left_out == pytest.approx((together.square().mean(1) / 2).tolist(), rel=1e-4)
     with torch.no_grad():
         plain = unstack_experts(whole)
         before = plain(input_ids=tokens).logits.double().log_softmax(-1)

@@ -16,24 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from voroq.errors import VoroqError
-from voroq.evaluation.generation import can_begin, documents
+from voroq.evaluation.generation import can_begin, documents, write_documents
 from voroq.evaluation.models import max_positions, open_model
 from voroq.front import quantize_model
 from voroq.methods import Method
-from voroq.packed.files import write_text
-from voroq.pipeline import model as skeletons
 from voroq.pipeline.calibration import Texts, listed
 from voroq.pipeline.effort import Effort
 from voroq.pipeline.output import JOURNAL, check_claim
 from voroq.pipeline.plan import Budget, Plan
 from voroq.pipeline.planning import can_plan, plan_model
 from voroq.pipeline.progress import Progress, Silent
-from voroq.pipeline.prune import check_prunable, prune_model
+from voroq.pipeline.prune import prune_model, share_left
 from voroq.pipeline.run import check_teacher_of, check_tuning_of
-from voroq.pipeline.source import Source, open_source
+from voroq.pipeline.source import open_source
 from voroq.pipeline.work import resolve_devices
 from voroq.tuning.loop import multiplies_bfloat16
 
@@ -74,15 +70,14 @@ def quantize_with(
     progress = progress or Silent()
     place = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     check_claim(Path(out), resume=resume)
-    narrower = effort.narrower and channels is None and teacher is None and isinstance(plan, Budget) and plan.method == "vptq"
+    if allocate is None:
+        allocate = effort.allocates(plan) and can_plan(source, **place)
+    narrower = allocate and effort.narrower and channels is None and teacher is None and isinstance(plan, Budget) and plan.method == "vptq"
     if effort.tuning is not None:
         check_tuning_of(source, narrower=narrower or bool(channels), **place)
     if teacher is not None:
         check_teacher_of(source, teacher, effort.tuning, **place)
-    if channels:
-        _check_channels(source, channels, effort, teacher, place)
-    if allocate is None:
-        allocate = effort.allocates(plan) and can_plan(source, **place)
+    share = _share_left(source, channels, effort, teacher, place) if channels else 1.0
     begun = Beginning(source, Path(out) / JOURNAL, seed, place, progress)
     written = effort.own_text if own_text is None else own_text
     if written:
@@ -90,7 +85,7 @@ def quantize_with(
     text = {"calibration": calibration, "context": context}
     if channels:
         teacher, source = source, begun.narrower(channels, samples=samples, **text)
-        plan = replace(plan, bits=plan.bits / begun.share(source)) if isinstance(plan, Budget) else plan
+        plan = replace(plan, bits=plan.bits / share) if isinstance(plan, Budget) else plan
     if allocate:
         found = plan_model(source, plan, narrower=narrower, interleave=interleave, seed=seed, progress=progress, **text, **place)
         plan = found.plan
@@ -100,13 +95,14 @@ def quantize_with(
     return quantize_model(source, out, plan, progress=progress, **how, **text, **place, **options)
 
 
-def _check_channels(source: str | Path, channels: int, effort: Effort, teacher: str | Path | None, place: Mapping[str, Any]) -> None:
+def _share_left(source: str | Path, channels: int, effort: Effort, teacher: str | Path | None, place: Mapping[str, Any]) -> float:
+    """How many of the weights are left with so many channels. Raises VoroqError where that cannot be asked for."""
     if teacher is not None or effort.tuning is None:
         raise VoroqError(
             "channels are left out of a model that is then tuned towards what it was: leave --channels out with a --teacher, and where "
             "nothing is tuned (--effort fast); voroq prune leaves them out without tuning"
         )
-    check_prunable(source, channels, **place)
+    return share_left(source, channels, **place)
 
 
 @dataclass(frozen=True)
@@ -130,14 +126,14 @@ class Beginning:
         model, tokenizer = open_model(str(self.source), dtype=dtype, **{**self.place, "device": str(device)})
         positions = max_positions(model)
         rest = {"tokens": TOKENS if positions is None else min(TOKENS, positions - 1), "seed": self.seed}
-        halves = {"bos": count - count // 2, "anywhere": count // 2} if can_begin(tokenizer) else {"anywhere": count}
+        begun = count - count // 2 if can_begin(tokenizer) else 0
         texts: list[str] = []
-        for begin, documents_of_it in halves.items():
-            for more in documents(model, tokenizer, documents_of_it, begin=begin, **rest) if documents_of_it else ():
+        for begin, number in [("bos", begun), ("anywhere", count - begun)]:
+            for more in documents(model, tokenizer, number, begin=begin, **rest) if number else ():
                 texts += more
                 self.progress.stage(f"writing text of its own, {len(texts)} of {count} documents")
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+        write_documents(path, texts)
         return path
 
     def narrower(self, channels: int, **text: Any) -> Path:
@@ -148,14 +144,7 @@ class Beginning:
             prune_model(self.source, path, channels=channels, seed=self.seed, progress=self.progress, **text, **self.place)
         return path
 
-    def share(self, narrower: Path) -> float:
-        """How many of the weights of the blocks' linears are left in `narrower`."""
-        left, whole = (skeletons.open_model(self._opened(one), device=torch.device("cpu")) for one in (narrower, self.source))
-        return left.linear_weights / whole.linear_weights
-
-    def _opened(self, source: str | Path) -> Source:
-        return open_source(source, revision=self.place["revision"], trust_remote_code=self.place["trust_remote_code"])
-
     def _mark(self, *made_of: Any) -> str:
-        mark = json.dumps([self._opened(self.source).fingerprint(), self.seed, *made_of], sort_keys=True)
+        origin = open_source(self.source, revision=self.place["revision"], trust_remote_code=self.place["trust_remote_code"])
+        mark = json.dumps([origin.fingerprint(), self.seed, *made_of], sort_keys=True)
         return hashlib.sha256(mark.encode()).hexdigest()[:12]

@@ -40,10 +40,9 @@ def recorded(monkeypatch):
     monkeypatch.setattr(prelude, "quantize_model", quantize_model)
     monkeypatch.setattr(prelude, "check_tuning_of", lambda source, *, narrower, **place: seen.checked.append((source, narrower)))
     monkeypatch.setattr(prelude, "check_teacher_of", lambda source, teacher, tuning, **place: seen.checked.append(teacher))
-    monkeypatch.setattr(prelude, "check_prunable", lambda source, channels, **place: seen.checked.append((source, channels)))
+    monkeypatch.setattr(prelude, "share_left", lambda source, channels, **place: seen.checked.append((source, channels)) or 0.875)
     monkeypatch.setattr(prelude.Beginning, "own_text", lambda self, count: Path(f"{count} documents"))
     monkeypatch.setattr(prelude.Beginning, "narrower", lambda self, channels, **text: Path(f"{self.source} with {channels} of {text}"))
-    monkeypatch.setattr(prelude.Beginning, "share", lambda self, narrower: 0.875)
     return seen
 
 

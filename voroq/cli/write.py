@@ -1,6 +1,5 @@
 """`voroq write`: calibration text by the model itself."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -46,8 +45,8 @@ def write(
       voroq quantize ./my-model out --bits 2.1 --effort best --calibration calibration-mixed --calibration own.jsonl
     """
     from voroq.evaluation.generation import documents as written
+    from voroq.evaluation.generation import write_documents
     from voroq.evaluation.models import open_model
-    from voroq.packed.files import write_text
 
     if file.suffix != ".jsonl":
         raise VoroqError(f"{file} is not a name for rows of JSON: give one that ends in .jsonl")
@@ -61,7 +60,7 @@ def write(
         for more in written(opened, tokenizer, documents, **how):
             texts += more
             progress.stage(f"{len(texts)} of {documents} documents written")
-    write_text(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    write_documents(file, texts)
     report = {"file": str(file), "documents": len(texts), "characters": sum(map(len, texts)), "seconds": time.perf_counter() - began}
     emit(report, as_json, summary(report))
 

@@ -1,9 +1,11 @@
 """Text from a model: a continuation, a reply in a conversation, or documents out of nothing."""
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -14,6 +16,7 @@ from voroq.errors import VoroqError
 from voroq.evaluation.models import max_positions
 from voroq.integrations.cache import PyramidCache
 from voroq.integrations.compat import cache_argument
+from voroq.packed.files import write_text
 
 # None silences the sampling settings that a model's own generation config may hold
 BEST_TOKEN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -132,6 +135,11 @@ def documents(
         with _sampling(model, int(torch.randint(2**62, (1,), generator=rng))):
             out = model.generate(begun, attention_mask=torch.ones_like(begun), max_new_tokens=tokens, pad_token_id=padding, **plain)
         yield tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+def write_documents(path: Path, texts: Iterable[str]) -> None:
+    """A .jsonl file, a text a row, written whole or not at all."""
+    write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
 
 
 def can_begin(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,7 +1,7 @@
 """The linear algebra of second-order rounding."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from voroq.shapes import Matrix, Square
@@ -62,19 +62,23 @@ def answering(w: Matrix, second: Square, shift: Square, damping: float) -> Matri
     return w + torch.linalg.solve(ridge, (w @ shift).T).T
 
 
+def kept_columns(w: Matrix, gone: Int[Tensor, "n"]) -> Bool[Tensor, "in"]:
+    """Which columns of `w` stay without those in `gone`."""
+    kept = torch.ones(w.shape[1], dtype=torch.bool, device=w.device)
+    kept[gone] = False
+    return kept
+
+
 def without_columns(w: Matrix, h: Square, gone: Int[Tensor, "n"]) -> Float[Tensor, "out kept"]:
     """`w` without its columns `gone`, the others such that the outputs on inputs of second moment `h` are as near as can be:
     W_k + W_g H_gk inv(H_kk). `h` is positive definite; columns stay in order."""
-    kept = torch.ones(w.shape[1], dtype=torch.bool, device=w.device)
-    kept[gone] = False
+    kept = kept_columns(w, gone)
     return w[:, kept] + torch.linalg.solve(h[kept][:, kept], h[kept][:, gone] @ w[:, gone].T).T
 
 
 def padded_without(w: Matrix, h: Square, gone: Int[Tensor, "n"]) -> Matrix:
     """The same with zeros in the columns `gone`."""
-    kept = torch.ones(w.shape[1], dtype=torch.bool, device=w.device)
-    kept[gone] = False
-    return torch.zeros_like(w).masked_scatter(kept.expand_as(w), without_columns(w, h, gone))
+    return torch.zeros_like(w).masked_scatter(kept_columns(w, gone).expand_as(w), without_columns(w, h, gone))
 
 
 def proxy_loss(delta: Matrix, h: Square) -> Float[Tensor, "out"]:

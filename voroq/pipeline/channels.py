@@ -4,6 +4,7 @@ Neither is known by name: linears are tried as for interleaving, numbers by buil
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +25,23 @@ MOST = 6
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels inside the MLPs of a model, `width` in each, and the names of the linears of each: which reads them, which make them."""
+    """The channels inside the MLPs of a model, `width` in each, of which `kept` are to stay; what the config calls their number (`key`);
+    and the names of the linears of each MLP: which reads them, which make them."""
 
     width: int
+    kept: int
+    key: str
     mlps: tuple[tuple[str, ...], ...]
 
     @property
     def steps(self) -> tuple[int, ...]:
         """How many of them may be left out: none to `MOST` sixteenths."""
         return tuple(part * self.width // PART for part in range(MOST + 1))
+
+    def share(self, model: OpenModel) -> float:
+        """How many of the weights of the linears of `model` are left with the `kept`."""
+        sites = [site for index in range(model.n_blocks) for site in model.sites(index)]
+        return sum(math.prod(self.narrowed(site.name, site.shape, self.width - self.kept)) for site in sites) / model.linear_weights
 
     def narrowed(self, name: str, shape: tuple[int, int], gone: int) -> tuple[int, int]:
         """The (out, in) of linear `name` without `gone` of the channels."""
@@ -42,12 +51,14 @@ class Channels:
         return (shape[0] - shape[0] // self.width * gone, shape[1]) if made else shape
 
 
-def channels_of(model: OpenModel) -> Channels:
-    """The channels that may be left out. Raises VoroqError for a model that cannot be pruned."""
+def channels_of(model: OpenModel, kept: int | None = None) -> Channels:
+    """The channels of which `kept` are to stay, if None all but a sixteenth. Raises VoroqError for a model that cannot be pruned so."""
     mlps = [shapes_of(model, index) for index in range(model.n_blocks)]
     width = mlps[0].down.in_features
-    width_key(model, mlps, width - 1)
-    return Channels(width, tuple(mlp.names for mlp in mlps))
+    kept = width - width // PART if kept is None else kept
+    if not 1 <= kept < width:
+        raise VoroqError(f"{kept} of {width} channels cannot be kept: give 1 to {width - 1}")
+    return Channels(width, kept, width_key(model, mlps, kept), tuple(mlp.names for mlp in mlps))
 
 
 def mlp_of(model: OpenModel, block: nn.Module, index: int) -> Inner:

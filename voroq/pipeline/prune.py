@@ -8,7 +8,6 @@ Least squares answer for one MLP's output. What leaving out still costs the answ
 model as it was, of all linears of the blocks (`ANSWERING`).
 """
 
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,19 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from voroq.errors import VoroqError
 from voroq.methods.vptq import column_costs
-from voroq.numerics.linalg import damped, padded_without, relative_proxy_loss
+from voroq.numerics.linalg import damped, kept_columns, padded_without, relative_proxy_loss
 from voroq.packed.files import Entry, write_json, write_safetensors
 from voroq.packed.shards import write_index
 from voroq.pipeline.activations import Activations
 from voroq.pipeline.calibration import DEFAULT_SAMPLES, Texts, calibration_windows
-from voroq.pipeline.channels import DAMPING, PART, mlp_of, narrowed_config, shapes_of, width_key
-from voroq.pipeline.interleave import Inner
+from voroq.pipeline.channels import DAMPING, channels_of, mlp_of, narrowed_config
 from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.observe import observe_block
 from voroq.pipeline.output import check_disk, check_new, copied, copy_companions
@@ -69,8 +66,7 @@ def prune_model(
     progress = progress or Silent()
     origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
     model = open_model(origin, device=resolve_devices(device)[0])
-    mlps, channels, key = _prunable(model, channels)
-    width = mlps[0].down.in_features
+    found = channels_of(model, channels)
     tuning = replace(ANSWERING, steps=steps)
     if steps:
         check_head(model)
@@ -83,7 +79,7 @@ def prune_model(
     folder = Path(out)
     check_new(folder)
     check_disk(folder, (2 if steps else 1) * sum(entry.size for entry in origin.tensors.values()))
-    job = Pruning(model, channels, windows_at_once(length), progress)
+    job = Pruning(model, found.kept, windows_at_once(length), progress)
     tuned = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,41 +88,29 @@ def prune_model(
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             lost = job.write(first, model.capture(windows, job.batch, limit=ACTIVATIONS_IN_MEMORY, folder=scratch))
             copy_companions(origin.folder, first, code=origin.trust_remote_code)
-            write_json(first / "config.json", narrowed_config(origin.config, key, channels))
+            write_json(first / "config.json", narrowed_config(origin.config, found.key, found.kept))
             if steps:
                 tuned = _taught(model, first, folder, more, tuning, seed=seed, progress=progress)
     except OSError as error:
         raise VoroqError(f"cannot write to {folder}: {error.strerror}; free some space, or choose another OUT") from error
-    total = model.linear_weights
-    gone = sum(math.prod(linear.weight.shape) for mlp in mlps for linear in (*mlp.ups, mlp.down)) * (width - channels) // width
+    share = found.share(model)
     return {
         "source": str(source),
-        "channels": channels,
-        "of": width,
-        "weights": total - gone,
-        "share_of_weights": 1 - gone / total,
+        "channels": found.kept,
+        "of": found.width,
+        "weights": round(share * model.linear_weights),
+        "share_of_weights": share,
         "lost": lost,
         "tuning": tuned and {"steps": tuned.steps, "kl_before": tuned.before, "kl_after": tuned.after},
         "seconds": time.perf_counter() - began,
     }
 
 
-def check_prunable(
-    source: str | Path, channels: int | None, *, device: str, revision: str | None = None, trust_remote_code: bool = False
-) -> None:
-    """Raise VoroqError where the model in `source` cannot be pruned to so many channels."""
+def share_left(source: str | Path, channels: int, *, device: str, revision: str | None = None, trust_remote_code: bool = False) -> float:
+    """How many of the weights of the linears in `source` are left with so many channels. Raises VoroqError where it cannot be pruned so."""
     origin = open_source(source, revision=revision, trust_remote_code=trust_remote_code)
-    _prunable(open_model(origin, device=resolve_devices(device)[0]), channels)
-
-
-def _prunable(model: OpenModel, channels: int | None) -> tuple[list[Inner], int, str]:
-    """The MLPs on meta, how many channels they are to keep, and what the config calls that number."""
-    mlps = [shapes_of(model, index) for index in range(model.n_blocks)]
-    width = mlps[0].down.in_features
-    channels = width - width // PART if channels is None else channels
-    if not 1 <= channels < width:
-        raise VoroqError(f"{channels} of {width} channels cannot be kept: give 1 to {width - 1}")
-    return mlps, channels, width_key(model, mlps, channels)
+    model = open_model(origin, device=resolve_devices(device)[0])
+    return channels_of(model, channels).share(model)
 
 
 def _taught(
@@ -195,9 +179,7 @@ class Pruning:
         h, _ = damped(moments[down].hessian(), DAMPING)
         w = mlp.down.weight.detach().float()
         gone = column_costs(w, h).argsort(stable=True)[: w.shape[1] - self.channels]
-        kept = torch.ones(w.shape[1], dtype=torch.bool, device=w.device)
-        kept[gone] = False
-        padded = padded_without(w, h, gone)
+        kept, padded = kept_columns(w, gone), padded_without(w, h, gone)
         new = {down: padded[:, kept]} | {name: _rows(up, kept) for name, up in zip(mlp.names[1:], mlp.ups, strict=True)}
         tensors = {}
         for name, weight in new.items():

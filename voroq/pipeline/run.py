@@ -147,7 +147,8 @@ def check_tuning_of(
     memory; for those who do something before they run."""
     model = _original(source, resolve_devices(device)[0], revision, trust_remote_code)
     check_head(model)
-    check_memory(model, model if narrower else None)
+    less = "keep all channels (--channels 0), so that one model less is held, " if narrower else ""
+    check_memory(model, model if narrower else None, less=less)
 
 
 def check_teacher_of(

@@ -42,12 +42,12 @@ def check_head(model: OpenModel) -> None:
         raise VoroqError(f"{model.source.name} has no language model head, so there are no logits to tune towards; leave tuning out")
 
 
-def check_memory(model: OpenModel, teacher: OpenModel | None = None) -> None:
-    """Raise VoroqError where `model` is too large to be tuned as a whole on its device, `teacher` beside it, before any work is lost."""
+def check_memory(model: OpenModel, teacher: OpenModel | None = None, *, less: str = "") -> None:
+    """Raise VoroqError where `model` is too large to be tuned as a whole on its device, `teacher` beside it, before any work is lost.
+    `less` is what would take less, for the message."""
     more = 0 if teacher is None else 4 * sum(p.numel() for p in teacher.skeleton.parameters())
     needed, free = tuning_bytes(model) + more, free_memory(model.device)
     if free is not None and needed > free:
-        less = "" if teacher is None else "keep all channels (--channels 0), so that one model less is held, "
         raise VoroqError(
             f"tuning the whole model takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free on {model.device}; "
             f"{less}leave tuning out (--effort fast holds one block at a time), or take a machine with more"

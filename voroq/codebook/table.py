@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from voroq.numerics.nearest import nearest
+from voroq.numerics.rows import rows
 from voroq.shapes import Codes, Vectors
 
 
@@ -34,7 +35,7 @@ class Table:
         return nearest(v, self.centroids, metric=metric)[:, None]
 
     def decode(self, codes: Codes) -> Vectors:
-        return self.centroids[codes[:, 0].long()]
+        return rows(self.centroids, codes[:, 0])
 
     def tensors(self) -> dict[str, Tensor]:
         return {"centroids": self.centroids}

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from voroq.errors import VoroqError
-from voroq.packed.files import Entry, write_safetensors
 from voroq.pipeline.activations import Activations
+from voroq.pipeline.embedding import tune_embedding
 from voroq.pipeline.guide import Guide, output_moments
+from voroq.pipeline.kept import TOKENS_AT_ONCE, run_kept, windows_per_pass
 from voroq.pipeline.memory import free_memory
 from voroq.pipeline.model import OpenModel
 from voroq.pipeline.progress import Progress
@@ -30,8 +30,6 @@ from voroq.tuning.loop import Loop, Tuning, held_out
 from voroq.tuning.losses import divergence
 from voroq.tuning.trainable import Trainable
 
-TOKENS_AT_ONCE = 2048
-"""Tokens of one forward and backward; a step adds up as many as its batch needs."""
 PER_WEIGHT, PER_LOGIT = 36, 24
 """Bytes: of a quantized weight its value, gradient, latent and that one's moments, code, and copies in the making; of a logit."""
 
@@ -105,11 +103,16 @@ def tune(
                 target = original(input_ids=tokens, use_cache=False).logits
             return divergence(target, student(input_ids=tokens, use_cache=False).logits)
 
-    at_once = _at_once(windows.shape[1])
-    guide = None
-    if tuning.guide and len(blocks) > 1:
+    at_once = windows_per_pass(windows.shape[1])
+    moments = {}
+    if (tuning.guide or tuning.embedding_steps) and len(blocks) > 1:
         progress.stage("gradients at the blocks' outputs")
-        guide = Guide(output_moments(original, blocks[:-1], windows, at_once=at_once, seed=seed))
+        moments = output_moments(original, blocks[:-1], windows, at_once=at_once, seed=seed)
+    embedding = student.get_input_embeddings().weight
+    if tuning.embedding_steps and moments and any(p is embedding for p, _ in plain.values()):
+        kept = None if state is None else state.with_name(f"embedding-{state.name}")
+        tune_embedding(original, student, windows, (blocks[0], moments[blocks[0]]), tuning, seed=seed, state=kept, progress=progress)
+    guide = Guide(moments) if tuning.guide and moments else None
 
     def guided(rows: Int[Tensor, "w"]) -> Tensor:
         with guide.watching(original, student):
@@ -117,12 +120,7 @@ def tune(
 
     split = held_out(windows.shape[0], seed)
     loop = Loop(sites, plain, loss, split, tuning, at_once=at_once, seed=seed, guided=guided if guide else None)
-    if state is not None and state.is_file():
-        loop.restore({name: tensor.to(device) for name, tensor in load_file(state).items()})
-    loop.run(
-        checkpoint=None if state is None else lambda loop: _save(loop, state),
-        progress=lambda step, loss: progress.stage(f"tuning, step {step} of {tuning.steps}, loss {loss:.4f}"),
-    )
+    run_kept(loop, state, device, lambda step, loss: progress.stage(f"tuning, step {step} of {tuning.steps}, loss {loss:.4f}"))
     return Tuned(loop.quantized(), {name: p.detach() for name, (p, _) in plain.items()}, loop.first, loop.best, loop.step)
 
 
@@ -146,7 +144,7 @@ def tune_block(
             return (model.forward_block(student, index, hidden).float() - target).square().sum() / target.square().sum()
 
     windows = held_out(min(tuning.samples, inputs.shape[0]), seed)
-    loop = Loop(_trainables(student), {}, loss, windows, tuning, at_once=_at_once(inputs.shape[1]), seed=seed)
+    loop = Loop(_trainables(student), {}, loss, windows, tuning, at_once=windows_per_pass(inputs.shape[1]), seed=seed)
     loop.run()
     return Tuned({prefix + name: q for name, q in loop.quantized().items()}, {}, loop.first, loop.best, loop.step)
 
@@ -155,7 +153,7 @@ def block_batches(tuning: Tuning, shape: tuple[int, ...], seed: int) -> set[int]
     """The numbers of windows that `tune_block` runs a block on, for calibration windows of `shape` (windows, context)."""
     train, held = held_out(min(tuning.samples, shape[0]), seed)
     parts = [min(tuning.batch, train.shape[0]), held.shape[0]]
-    return {len(part) for count in parts for part in torch.arange(count).split(_at_once(shape[1]))}
+    return {len(part) for count in parts for part in torch.arange(count).split(windows_per_pass(shape[1]))}
 
 
 def student_of(original: nn.Module, sites: Mapping[str, Quantized], whole: Callable[[], nn.Module]) -> nn.Module:
@@ -188,11 +186,3 @@ def _matrices(
 
 def _trainables(student: nn.Module) -> dict[str, Trainable]:
     return {name: module for name, module in student.named_modules() if isinstance(module, Trainable)}
-
-
-def _at_once(context: int) -> int:
-    return max(1, TOKENS_AT_ONCE // context)
-
-
-def _save(loop: Loop, path: Path) -> None:
-    write_safetensors(path, [Entry.of(name, tensor.cpu().contiguous()) for name, tensor in loop.state().items()], {})

@@ -127,11 +127,11 @@ def test_the_folder_computes_what_the_report_says(source, tmp_path, monkeypatch)
 class Stops(Silent):
     """Interrupts at the `number`-th word of the tuning."""
 
-    def __init__(self, number: int) -> None:
-        self.left = number
+    def __init__(self, number: int, word: str = "tuning, step") -> None:
+        self.left, self.word = number, word
 
     def stage(self, name: str) -> None:
-        self.left -= name.startswith("tuning, step")
+        self.left -= name.startswith(self.word)
         if self.left == 0:
             raise KeyboardInterrupt
 
@@ -183,7 +183,7 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
     changes = {"none": {}, "steps": {"steps": 3}, "batch": {"batch": 1}, "rate": {"rate": 0.002}, "norm_rate": {"norm_rate": 0.0}}
     changes |= {"samples": {"samples": 5}, "moves": {"moves": 0.1, "move_rate": 0.6}, "move_rate": {"moves": 0.1, "move_rate": 0.9}}
     changes |= {"guide": {"guide": 1.0}, "head_rate": {"head_rate": 0.01}, "embedding_rate": {"embedding_rate": 0.01}}
-    changes |= {"weight_rate": {"weight_rate": 0.01}}
+    changes |= {"weight_rate": {"weight_rate": 0.01}, "embedding_steps": {"embedding_rate": 0.01, "embedding_steps": 2}}
     plan = Plan(QUICK["vptq"], (("*.k_proj", None),))
     for name, change in changes.items():
         tuning = replace(SOME, **change)
@@ -200,7 +200,8 @@ def test_every_option_changes_the_result(source, tmp_path, monkeypatch):
         *(({"steps": -1}, "steps"), ({"samples": 1}, "samples"), ({"batch": 0}, "batch"), ({"rate": 2.0}, "rate")),
         *(({"norm_rate": -1.0}, "norm_rate"), ({"moves": 2.0}, "moves"), ({"move_rate": 2.0}, "move_rate"), ({"precision": "x"}, "preci")),
         *(({"guide": -1.0}, "guide"), ({"head_rate": 1.5}, "head_rate"), ({"embedding_rate": 1.5}, "embed")),
-        ({"weight_rate": 1.5}, "weight_rate"),
+        *(({"weight_rate": 1.5}, "weight_rate"), ({"embedding_steps": 5}, "give an embedding_rate")),
+        ({"embedding_steps": -1, "embedding_rate": 0.01}, "embedding_steps"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):

@@ -47,6 +47,8 @@ class Tuning:
     """the same of the head, where it is a matrix of its own; 0 = it stands still"""
     embedding_rate: float = 0.0
     """the same of the embedding, where that is one"""
+    embedding_steps: int = 0
+    """steps that the embedding takes alone, beforehand, towards what the first block answers; for whole models"""
     weight_rate: float = 0.0
     """the same of the blocks' linears that are not quantized"""
     moves: float = 0.0
@@ -59,12 +61,14 @@ class Tuning:
     """float32, bfloat16 (matrix products only), or auto: bfloat16 where the hardware multiplies it"""
 
     def __post_init__(self) -> None:
-        bounds = {"steps": (0, 1_000_000), "samples": (2, 1_000_000), "batch": (1, 65536)}
+        bounds = {"steps": (0, 1_000_000), "samples": (2, 1_000_000), "batch": (1, 65536), "embedding_steps": (0, 1_000_000)}
         bounds |= dict.fromkeys(("rate", "norm_rate", "head_rate", "embedding_rate", "weight_rate", "moves", "move_rate"), (0, 1))
         bounds["guide"] = (0, 1000)
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise VoroqError(f"tuning {name}={getattr(self, name):g} is out of range; give {low} to {high}")
+        if self.embedding_steps and not self.embedding_rate:
+            raise VoroqError("tuning embedding_steps are for an embedding that is tuned at all: give an embedding_rate")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise VoroqError(f"tuning precision={self.precision!r} is unknown; choose auto, float32 or bfloat16")
 

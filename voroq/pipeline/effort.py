@@ -39,7 +39,17 @@ class Effort:
 
 
 EVERY = frozenset(METHODS)
-_BALANCED = Tuning(steps=260, batch=4, rate=0.01, moves=0.02, move_rate=0.009, guide=1.0, head_rate=0.0005, embedding_rate=0.002)
+_BALANCED = Tuning(
+    steps=260,
+    batch=4,
+    rate=0.006,
+    moves=0.02,
+    move_rate=0.009,
+    guide=1.0,
+    head_rate=0.0005,
+    embedding_rate=0.002,
+    embedding_steps=100,
+)
 _BEST = replace(_BALANCED, steps=2000, samples=8192, rate=0.004, move_rate=0.0031, head_rate=0.0015, embedding_steps=400)
 
 EFFORTS = {

@@ -87,7 +87,9 @@ def tune(
 
     Besides what the `Trainable`s store, the one-dimensional parameters among `free` are tuned, and head, embedding and the blocks' other
     linears where they have a rate. `blocks` are the names of the models' blocks in order, whose outputs guide where `tuning` says so.
-    Steps of the embedding alone come first. `state` is the file the progress is saved to and continued from, if any. Raises VoroqError where the loss stops being finite.
+    Steps of the embedding alone come first. `state` is the file the progress is saved to and continued from, if any.
+
+    Raises VoroqError where the loss stops being finite.
     """
     device = next(original.parameters()).device
     student.requires_grad_(False)

@@ -6,6 +6,7 @@ A block's error depends on what comes before the token, but in the first block m
 tuning sees a token a few times at most and moves its row by noise; here only the first block runs, so steps are cheap and see more.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from voroq.pipeline.capture import first
+from voroq.pipeline.capture import Captured
+from voroq.pipeline.guide import output_cost, outputs
 from voroq.pipeline.kept import run_kept, windows_per_pass
 from voroq.pipeline.progress import Progress
 from voroq.tuning.loop import Loop, Tuning, held_out
@@ -28,16 +30,16 @@ def tune_embedding(
     original: nn.Module,
     student: nn.Module,
     windows: Int[Tensor, "windows ctx"],
-    block: tuple[str, Float[Tensor, "d d"]],
+    name: str,
+    moment: Float[Tensor, "d d"],
     tuning: Tuning,
     *,
     seed: int,
     state: Path | None,
     progress: Progress,
 ) -> None:
-    """`tuning.embedding_steps` of `student`'s embedding, a matrix of its own, towards what the first block of `original` answers:
-    `block` is its name and G. `state` is the file the progress is saved to and continued from, if any."""
-    name, moment = block
+    """`tuning.embedding_steps` of `student`'s embedding, a matrix of its own, towards what the first block `name` of `original` answers;
+    `moment` is G. `state` is the file the progress is saved to and continued from, if any."""
     embedding = student.get_input_embeddings().weight
     device = embedding.device
 
@@ -46,8 +48,8 @@ def tune_embedding(
         with tuning.autocast(device):
             with torch.no_grad():
                 target = answer(original, name, tokens)
-            error = (answer(student, name, tokens) - target).float().flatten(0, -2)
-        return 0.5 * ((error @ moment) * error).sum(1).mean()
+            made = answer(student, name, tokens)
+        return output_cost(made - target, moment)
 
     steps = tuning.embedding_steps
     alone = replace(tuning, steps=steps, batch=BATCHES * tuning.batch, moves=0.0)
@@ -57,23 +59,14 @@ def tune_embedding(
     embedding.requires_grad_(False)
 
 
-class _Answered(Exception):
-    """Raised when the block has answered: the rest of the model need not run."""
-
-
 def answer(model: nn.Module, name: str, tokens: Int[Tensor, "b ctx"]) -> Float[Tensor, "b ctx d"]:
     """What the block `name` of `model` makes of `tokens`; nothing behind it runs."""
     found: list[Tensor] = []
 
-    def stop(module: nn.Module, args: tuple, output: object) -> None:
-        found.append(first(output))
-        raise _Answered
+    def stop(name: str, output: Tensor) -> None:
+        found.append(output)
+        raise Captured
 
-    hook = model.get_submodule(name).register_forward_hook(stop)
-    try:
+    with suppress(Captured), outputs(model, [name], stop):
         model(input_ids=tokens, use_cache=False)
-    except _Answered:
-        pass
-    finally:
-        hook.remove()
     return found[0]

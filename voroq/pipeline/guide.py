@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from voroq.pipeline.capture import first
 from voroq.pipeline.gradients import drawn, shrunk
 
 MOMENT_TOKENS = 1 << 14
@@ -26,7 +27,7 @@ def outputs(model: nn.Module, names: Sequence[str], seen: Callable[[str, Float[T
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            seen(name, output if isinstance(output, Tensor) else output[0])
+            seen(name, first(output))
 
         return hook
 
@@ -64,6 +65,12 @@ def output_moments(
     return {name: shrunk(total / tokens, tokens) for name, total in sums.items()}
 
 
+def output_cost(error: Float[Tensor, "b ctx d"], moment: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
+    """1/2 E[d^T G d] over tokens, of errors d at an output where gradients have the second moments G."""
+    error = error.float().flatten(0, -2)
+    return 0.5 * ((error @ moment) * error).sum(1).mean()
+
+
 class Guide:
     """The guide of the last calls of `original` and `student`, which must run on the same windows, in that order."""
 
@@ -81,6 +88,5 @@ class Guide:
     def __call__(self) -> Float[Tensor, ""]:
         terms = []
         for name, moment in self.moments.items():
-            error = (self._student.pop(name) - self._original.pop(name)).float().flatten(0, -2)
-            terms.append(0.5 * ((error @ moment) * error).sum(1).mean())
+            terms.append(output_cost(self._student.pop(name) - self._original.pop(name), moment))
         return torch.stack(terms).sum()

@@ -113,7 +113,8 @@ def tune(
     embedding = student.get_input_embeddings().weight
     if tuning.embedding_steps and moments and any(p is embedding for p, _ in plain.values()):
         kept = None if state is None else state.with_name(f"embedding-{state.name}")
-        tune_embedding(original, student, windows, (blocks[0], moments[blocks[0]]), tuning, seed=seed, state=kept, progress=progress)
+        name = blocks[0]
+        tune_embedding(original, student, windows, name, moments[name], tuning, seed=seed, state=kept, progress=progress)
     guide = Guide(moments) if tuning.guide and moments else None
 
     def guided(rows: Int[Tensor, "w"]) -> Tensor:

@@ -60,17 +60,21 @@ class Band:
     scale: Float[Tensor, "rows"] | None = None
     zero: Float[Tensor, "rows"] | None = None
 
-    def encode(self, w: Float[Tensor, "out c"], metric: Float[Tensor, "c c"] | None = None) -> Int[Tensor, "rows cols s"]:
-        """Codes of columns `w`; `c` is a multiple of the tile's width (one tile wide when a metric is given)."""
-        down, along = self.tile.grid(*w.shape)
-        if metric is not None and self.tile.rows > 1:
-            metric = torch.kron(torch.eye(self.tile.rows, dtype=w.dtype, device=w.device), metric)
+    def words(self, w: Float[Tensor, "out c"]) -> Vectors:
+        """What the codebook is to say for columns `w`: word = w / scale + zero, tile by tile."""
+        along = self.tile.grid(*w.shape)[1]
         words = self.tile.cut(w)
         if self.scale is not None:
             words = words / self.scale.repeat_interleave(along)[:, None]
         if self.zero is not None:
             words = words + self.zero.repeat_interleave(along)[:, None]
-        return self.codebook.encode(words, metric).reshape(down, along, -1)
+        return words
+
+    def encode(self, w: Float[Tensor, "out c"], metric: Float[Tensor, "c c"] | None = None) -> Int[Tensor, "rows cols s"]:
+        """Codes of columns `w`; `c` is a multiple of the tile's width (one tile wide when a metric is given)."""
+        if metric is not None and self.tile.rows > 1:
+            metric = torch.kron(torch.eye(self.tile.rows, dtype=w.dtype, device=w.device), metric)
+        return self.codebook.encode(self.words(w), metric).reshape(*self.tile.grid(*w.shape), -1)
 
     def decode(self, codes: Int[Tensor, "rows cols s"], out: int) -> Float[Tensor, "out c"]:
         words = self.codebook.decode(codes.reshape(-1, codes.shape[-1]))

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from voroq.numerics.nearest import nearest
+from voroq.numerics.nearest import CHUNK, nearest
 from voroq.numerics.rows import rows
 from voroq.shapes import Codes, Vectors
 
@@ -36,6 +37,14 @@ class Table:
 
     def decode(self, codes: Codes) -> Vectors:
         return rows(self.centroids, codes[:, 0])
+
+    def reach(self) -> Float[Tensor, "k"]:
+        """Half the distance from every word to the next, squared: what is nearer to a word than that is nearest to it."""
+        gaps = [
+            torch.cdist(part, self.centroids, compute_mode="donot_use_mm_for_euclid_dist").topk(2, largest=False).values[:, 1]
+            for part in self.centroids.split(max(1, CHUNK // self.centroids.shape[0]))
+        ]
+        return (torch.cat(gaps) / 2).square()
 
     def tensors(self) -> dict[str, Tensor]:
         return {"centroids": self.centroids}

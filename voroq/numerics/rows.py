@@ -1,7 +1,7 @@
 """Rows of a table by index, differentiable.
 
 On a CPU the gradient is summed column by column: a loop over numbers, where adding row to row is a call for each, and six times slower
-with two threads. In the order of the indices, so the same bits whatever the number of threads.
+with two threads. In the order of the indices and in float32, so the same bits whatever the number of threads.
 """
 
 from typing import Any
@@ -29,5 +29,6 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (index,) = context.saved_tensors
-        sums = [gradient.new_zeros(context.count).index_add_(0, index, column) for column in gradient.unbind(1)]
-        return torch.stack(sums, 1), None
+        zero = torch.zeros(context.count, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        sums = [zero.index_add(0, index, column.to(zero.dtype)) for column in gradient.unbind(1)]
+        return torch.stack(sums, 1).to(gradient.dtype), None

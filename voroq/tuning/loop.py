@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from voroq.errors import VoroqError
 from voroq.quantized import Quantized, reals, with_reals
-from voroq.tuning.moves import Latent, repick
+from voroq.tuning.moves import ADAM, Latent, repick
 from voroq.tuning.trainable import Trainable
 
 HELD_OUT = 32
@@ -119,7 +119,7 @@ class Loop:
         for p, rate in rated.values():
             p.requires_grad_(True)
             groups.append({"params": [p], "base": rate * float(p.detach().square().mean().sqrt().clamp_min(1e-8))})
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.step = 0
         self.first = self.best = math.inf
         self.kept: dict[str, Tensor] = {}
@@ -188,10 +188,9 @@ class Loop:
         """Everything that `restore` needs."""
         tensors = {f"now/{name}": t for name, t in self._model().items()} | {f"best/{name}": t for name, t in self.kept.items()}
         for name, p in self.parameters.items():
-            moments = self.adam.state.get(p, {})
-            tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
+            tensors |= {f"{key}/{name}": t for key, t in self.adam.state.get(p, {}).items()}
         for name, latent in self.latents.items():
-            tensors |= {f"latent/{key}/{name}": getattr(latent, key) for key in ("weight", "first", "second")}
+            tensors |= {f"latent/{key}/{name}": t for key, t in latent.state().items()}
         return {**tensors, "losses": torch.tensor([self.step, self.first, self.best], dtype=torch.float64)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -201,12 +200,9 @@ class Loop:
         self._load({name.removeprefix("now/"): t for name, t in tensors.items() if name.startswith("now/")})
         self.kept = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
         for name, p in self.parameters.items():
-            moments = {key: tensors[f"{key}/{name}"].clone() for key in ("exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
-            if moments:
-                self.adam.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+            self.adam.state[p] = {key: tensors[f"{key}/{name}"].clone() for key in ADAM if f"{key}/{name}" in tensors}
         for name, latent in self.latents.items():
-            for key in ("weight", "first", "second"):
-                setattr(latent, key, tensors[f"latent/{key}/{name}"].clone())
+            latent.restore({key: tensors[f"latent/{key}/{name}"] for key in ("weight", *ADAM) if f"latent/{key}/{name}" in tensors})
 
     def _model(self) -> dict[str, Tensor]:
         """What makes the model: parameters and, where they move, codes."""
@@ -225,7 +221,7 @@ class Loop:
         for name, latent in self.latents.items():
             site = self.sites[name]
             if site.gradient is not None:  # an expert may have had no tokens
-                latent.step(site.gradient, self.tuning.move_rate * fraction, self.step)
+                latent.step(site.gradient, self.tuning.move_rate * fraction)
             site.gradient = None
             if self.step % MOVE_EVERY == 0:
                 site.codes = tuple(_moved(site.quantized(), latent, self.tuning.moves))

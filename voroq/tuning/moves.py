@@ -5,14 +5,22 @@ gathered in a latent matrix, and now and then the codes whose nearest word to it
 gain most, and only a small fraction at a time, because the loss was never asked about all of them together.
 """
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from voroq.codebook.base import Codebook
+from voroq.codebook.table import Table
 from voroq.quantized import Band
-from voroq.shapes import Matrix
+from voroq.shapes import Codes, Matrix, Vectors
 
 BETAS = (0.9, 0.95)
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+"""What the optimiser remembers of a tensor."""
+SEARCHED = 8
+"""Vectors for every word of a table, at least, where it pays to know first how far apart its words are."""
 
 
 class Latent:
@@ -20,30 +28,43 @@ class Latent:
 
     def __init__(self, weight: Matrix) -> None:
         self.weight = weight.detach().clone()
-        self.first, self.second = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
         self.size = float(self.weight.square().mean().sqrt())
+        self._adam = torch.optim.Adam([self.weight], lr=0.0, betas=BETAS, eps=1e-20, fused=True)
 
-    def step(self, gradient: Matrix, rate: float, number: int) -> None:
-        """Adam's step `number` (from 1); `rate` is relative to the root mean square the weights began with."""
-        a, b = BETAS
-        self.first.mul_(a).add_(gradient, alpha=1 - a)
-        self.second.mul_(b).addcmul_(gradient, gradient, value=1 - b)
-        mean, spread = self.first / (1 - a**number), (self.second / (1 - b**number)).sqrt()
-        self.weight -= rate * self.size * mean / spread.clamp_min(1e-20)
+    def step(self, gradient: Matrix, rate: float) -> None:
+        """One step of Adam; `rate` is relative to the root mean square the weights began with."""
+        self.weight.grad = gradient.float()
+        self._adam.param_groups[0]["lr"] = rate * self.size
+        self._adam.step()
+        self.weight.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `restore` needs."""
+        return {"weight": self.weight, **self._adam.state[self.weight]}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self.weight.copy_(tensors["weight"])
+        self._adam.state[self.weight] = {key: tensors[key].clone() for key in ADAM if key in tensors}
 
 
 def repick(band: Band, codes: Int[Tensor, "rows cols s"], latent: Float[Tensor, "out c"], limit: float) -> Int[Tensor, "rows cols s"]:
     """`codes` of the band's columns, of which at most the fraction `limit` have moved to the word nearest to `latent`: those that
     come closer to it by most."""
-    out = latent.shape[0]
-
-    def distance(chosen: Tensor) -> Float[Tensor, "n"]:
-        return band.tile.cut(latent - band.decode(chosen, out)).square().sum(1)
-
-    fresh = band.encode(latent).to(codes.dtype)
-    gain = (distance(codes) - distance(fresh)).clamp_min(0)
-    count = min(int(limit * gain.numel()), int((gain > 0).sum()))
-    chosen = gain.topk(count).indices
-    moved = codes.reshape(-1, codes.shape[-1]).clone()
-    moved[chosen] = fresh.reshape(moved.shape)[chosen]
+    book, moved, words = band.codebook, codes.reshape(-1, codes.shape[-1]).clone(), band.words(latent)
+    places = _unsettled(book, words, moved)
+    words, before = words[places], moved[places]
+    fresh = book.encode(words).to(codes.dtype)
+    gain = ((words - book.decode(before)).square().sum(1) - (words - book.decode(fresh)).square().sum(1)).clamp_min(0)
+    if band.scale is not None:
+        gain = gain * band.scale.repeat_interleave(codes.shape[1])[places].square()
+    chosen = gain.topk(min(int(limit * moved.shape[0]), int((gain > 0).sum()))).indices
+    moved[places[chosen]] = fresh[chosen]
     return moved.reshape(codes.shape)
+
+
+def _unsettled(book: Codebook, words: Vectors, codes: Codes) -> Int[Tensor, "m"]:
+    """The places of the vectors whose nearest word may be another than that of `codes`. Few of those in a table, while they drift."""
+    if not isinstance(book, Table) or words.shape[0] < SEARCHED * book.centroids.shape[0]:
+        return torch.arange(words.shape[0], device=words.device)
+    away = (words - book.decode(codes)).square().sum(1)
+    return (away >= book.reach()[codes[:, 0].long()]).nonzero()[:, 0]

@@ -4,7 +4,7 @@ import torch
 
 from voroq.codebook.table import Table
 from voroq.quantized import Band, Tile
-from voroq.tuning.moves import Latent, repick
+from voroq.tuning.moves import Latent, _unsettled, repick
 
 
 def some_band() -> tuple[Band, torch.Tensor, torch.Tensor]:
@@ -14,7 +14,7 @@ def some_band() -> tuple[Band, torch.Tensor, torch.Tensor]:
 
 
 def distances(band: Band, codes: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    return band.tile.cut(latent - band.decode(codes, 7)).square().sum(1)
+    return (band.words(latent) - band.codebook.decode(codes.reshape(-1, 1))).square().sum(1)
 
 
 def test_all_of_them_is_encoding():
@@ -39,5 +39,27 @@ def test_the_latent_steps_as_adam_does():
     for number in range(1, 5):
         p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(number))
         adam.step()
-        latent.step(p.grad, 0.01, number)
+        latent.step(p.grad, 0.01)
     torch.testing.assert_close(latent.weight, p.detach())
+
+
+def test_what_is_settled_needs_no_search():
+    """A latent that drifted a little from the words is moved as a search of all of it would."""
+    rng = torch.Generator().manual_seed(1)
+    band = Band(0, 50, Tile(2, 1), Table(torch.randn(32, 2, generator=rng)))
+    codes = torch.randint(0, 32, (40, 50, 1), generator=rng)
+    latent = band.decode(codes, 80) + 0.1 * torch.randn(80, 50, generator=rng)
+    settled = codes.numel() - _unsettled(band.codebook, band.words(latent), codes.reshape(-1, 1)).numel()
+    assert codes.numel() / 2 < settled < codes.numel()
+    assert torch.equal(repick(band, codes, latent, 1.0), band.encode(latent)) and not torch.equal(band.encode(latent), codes)
+
+
+def test_scaled_rows_weigh_by_their_scale():
+    rng = torch.Generator().manual_seed(2)
+    scale = torch.tensor([1.0, 10.0])
+    band = Band(0, 40, Tile(2, 1), Table(torch.randn(4, 2, generator=rng)), scale)
+    codes, latent = torch.zeros(2, 40, 1, dtype=torch.long), torch.randn(4, 40, generator=rng) * scale.repeat_interleave(2)[:, None]
+    after = repick(band, codes, latent, 0.25)
+    gains = [band.tile.cut(latent - band.decode(c, 4)).square().sum(1) for c in (codes, band.encode(latent))]
+    moved = (after != codes).reshape(-1)
+    assert int(moved.sum()) == 20 and bool((gains[0] - gains[1])[moved].min() >= (gains[0] - gains[1])[~moved].max())

@@ -7,6 +7,7 @@ rounded to the stored dtype when the linear is packed.
 
 from dataclasses import replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,11 +57,21 @@ class Trainable(nn.Module):
         return {name.replace("|", "."): p for name, p in self.stored.items()}
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        q = with_reals(self._spelled, self._reals())
+        values = self._reals()
+        if all(name.endswith("/centroids") for name in values):  # nothing is added or multiplied: rounded first, they are rounded alike
+            values = {name: p.to(product_dtype(x)) for name, p in values.items()}
+        q = with_reals(self._spelled, values)
         stored = q.stored()
         if self.watch and stored.requires_grad:
             stored.register_hook(self._collect)
-        return F.linear(x, q.transform.restore(stored).to(x.dtype), self.bias)
+        return F.linear(x, q.transform.restore(stored).to(product_dtype(x)), self.bias)
 
     def _collect(self, gradient: Tensor) -> None:
+        gradient = gradient.float()
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product with `x` is computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

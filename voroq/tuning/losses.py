@@ -19,7 +19,7 @@ def divergence(target: Float[Tensor, "*batch v"], logits: Float[Tensor, "*batch 
 
 
 class _Divergence(torch.autograd.Function):
-    """The gradient is (softmax(logits) - softmax(target)) / positions, found in the same pass over the logits, where autograd makes seven."""
+    """The gradient is (softmax(logits) - softmax(target)) / positions, in one pass over the logits where autograd makes seven."""
 
     @staticmethod
     def forward(context: Any, target: Tensor, logits: Tensor) -> Tensor:

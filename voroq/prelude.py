@@ -74,7 +74,7 @@ def quantize_with(
         allocate = effort.allocates(plan) and can_plan(source, **place)
     narrower = allocate and effort.narrower and channels is None and teacher is None and isinstance(plan, Budget) and plan.method == "vptq"
     if effort.tuning is not None:
-        check_tuning_of(source, narrower=narrower or bool(channels), **place)
+        check_tuning_of(source, **place)
     if teacher is not None:
         check_teacher_of(source, teacher, effort.tuning, **place)
     share = _share_left(source, channels, effort, teacher, place) if channels else 1.0

@@ -38,7 +38,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(prelude, "can_plan", lambda source, **place: seen.head)
     monkeypatch.setattr(prelude, "plan_model", plan_model)
     monkeypatch.setattr(prelude, "quantize_model", quantize_model)
-    monkeypatch.setattr(prelude, "check_tuning_of", lambda source, *, narrower, **place: seen.checked.append((source, narrower)))
+    monkeypatch.setattr(prelude, "check_tuning_of", lambda source, **place: seen.checked.append(source))
     monkeypatch.setattr(prelude, "check_teacher_of", lambda source, teacher, tuning, **place: seen.checked.append(teacher))
     monkeypatch.setattr(prelude, "share_left", lambda source, channels, **place: seen.checked.append((source, channels)) or 0.875)
     monkeypatch.setattr(prelude.Beginning, "own_text", lambda self, count: Path(f"{count} documents"))
@@ -57,7 +57,7 @@ def test_an_effort_allocates_what_can_be_allocated_unless_told_otherwise(recorde
     grid = Budget("rtn", 4.1)
     assert plan("fast", grid) == grid
     assert plan("fast", grid, allocate=True) == plan("balanced", grid) == "the allocation"
-    assert recorded.checked == [("in", False), ("in", True), ("in", False)]
+    assert recorded.checked == ["in"] * 3
 
 
 def test_what_is_shared_reaches_plan_and_run(recorded, tmp_path):
@@ -79,7 +79,8 @@ def test_text_of_its_own_stands_beside_the_text(recorded, tmp_path):
 
     assert calibration("best") == [None, Path("4096 documents")]
     assert calibration("best", calibration=["a", "b"]) == ["a", "b", Path("4096 documents")]
-    assert calibration("best", own_text=0) is calibration("balanced") is None
+    assert calibration("balanced") == [None, Path("512 documents")]
+    assert calibration("best", own_text=0) is calibration("fast") is None
     assert calibration("fast", own_text=9, calibration="a") == ["a", Path("9 documents")]
 
 
@@ -89,14 +90,14 @@ def test_channels_are_left_out_where_the_plan_says_so_or_the_user(recorded, tmp_
         return recorded.run[0][0], recorded.run[1]["teacher"], recorded.planned[1]["narrower"]
 
     text = {"samples": None, "calibration": None, "context": None}
-    assert run("best") == ("in", None, True) and run("balanced") == run("best", 0) == ("in", None, False)
+    assert run("best") == run("balanced") == ("in", None, True) and run("best", 0) == ("in", None, False)
     assert run("best", teacher="whole") == ("in", "whole", False)
-    assert recorded.checked == [("in", True), ("in", False), ("in", False), ("in", False), "whole"]
+    assert recorded.checked == ["in"] * 4 + ["whole"]
     recorded.channels = 960
     assert run("best") == (Path(f"in with 960 of {text}"), "in", True)
     recorded.channels = None
     assert run("balanced", 896) == (Path(f"in with 896 of {text}"), "in", False)
-    assert recorded.checked[-2:] == [("in", True), ("in", 896)]
+    assert recorded.checked[-2:] == ["in", ("in", 896)]
     assert recorded.planned[0] == (Path(f"in with 896 of {text}"), Budget("vptq", 2.1 / 0.875))
 
 

@@ -46,7 +46,7 @@ def test_people_get_one_table():
         console.print(demo.comparison_table({"original": original, "quantized": quantized, "context": 256}))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capture.get().splitlines() if line.startswith("│")]
     assert rows == [
-        ["bits per weight (decoder linears, everything stored)", "16.000", "2.099"],
+        ["bits per weight of the original's linears, everything stored", "16.000", "2.099"],
         ["file size", "22.0 MB", "8.0 MB"],
         ["perplexity, wikitext2 (context 256)", "39.80", "43.10"],
         ["perplexity, c4 (context 256)", "93.10", "98.20"],

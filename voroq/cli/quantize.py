@@ -78,9 +78,9 @@ ModeKind = Annotated[
 EffortKind = Annotated[
     EffortName | None,
     typer.Option(
-        help="fast: nothing is tuned, one block in memory. balanced: then the whole model is tuned towards the original's logits (both in "
-        "memory). best: with text of its own, fewer channels where that pays, a longer search and a longer tuning. Default: balanced for "
-        "vptq, fast for other methods and with --tune-blocks.",
+        help="fast: nothing is tuned, one block in memory. balanced: text of its own beside the calibration text, for vptq fewer channels "
+        "where that pays, then the whole model tuned towards the original's logits (both in memory). best: more text of its own, a longer "
+        "search and a longer tuning. Default: balanced for vptq, fast for other methods and with --tune-blocks.",
         show_default=False,
     ),
 ]
@@ -109,7 +109,8 @@ OwnText = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="Documents that MODEL writes itself first, to calibrate on beside the text (voroq write); 0: none. Default: 4096 for best.",
+        help="Documents that MODEL writes itself first, to calibrate on beside the text (voroq write); 0: none. Default: 512 for balanced, "
+        "4096 for best.",
         show_default=False,
     ),
 ]
@@ -119,7 +120,8 @@ ChannelsKept = Annotated[
         min=0,
         metavar="N",
         help="Leave the cheapest channels of MLPs out, all but N of each, and give their bits to the others (voroq prune): --bits is per "
-        "weight of MODEL as it was. 0: all stay. Default: for best with vptq as many as the plan finds to pay, else all stay.",
+        "weight of MODEL as it was. 0: all stay. Default: for vptq as many as the plan finds to pay, "
+        "with --effort fast and for other methods all stay.",
         show_default=False,
     ),
 ]

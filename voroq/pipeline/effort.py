@@ -1,9 +1,9 @@
 """How much work a result is worth: three presets between an untuned run and everything that paid (docs/vptq.md has the ablation).
 
     fast       for tables and pyramids bits allocated by what every linear is worth, else the method alone; memory of one block
-    balanced   bits allocated, then the whole model tuned towards the original's logits
-    best       the same with text by the model itself beside the calibration text, channels of MLPs left out where that pays, more search
-               in every table, and a tuning as long as it pays
+    balanced   the same with text by the model itself beside the calibration text and, for VPTQ, without the channels of MLPs that do not
+               pay; then the whole model tuned towards the original's logits
+    best       with more such text, more search in every table, and a tuning as long as it pays
 
 The last two hold the original and the quantized model in memory at once, in float32.
 """
@@ -40,11 +40,11 @@ class Effort:
 
 EVERY = frozenset(METHODS)
 _BALANCED = Tuning(
-    steps=260,
+    steps=340,
     batch=4,
     rate=0.006,
     moves=0.02,
-    move_rate=0.009,
+    move_rate=0.0079,
     guide=1.0,
     head_rate=0.0005,
     embedding_rate=0.002,
@@ -54,6 +54,6 @@ _BEST = replace(_BALANCED, steps=2000, samples=8192, rate=0.004, move_rate=0.003
 
 EFFORTS = {
     "fast": Effort(allocate=frozenset({"vptq", "pvq"})),
-    "balanced": Effort(_BALANCED, allocate=EVERY),
+    "balanced": Effort(_BALANCED, own_text=512, narrower=True, allocate=EVERY),
     "best": Effort(_BEST, own_text=4096, narrower=True, options={"vptq": {"rounds": "4", "restarts": "3"}}, allocate=EVERY),
 }

@@ -49,8 +49,10 @@ def tune_finished(
         free = frozenset(name for name, source in sources.items() if source is not None)
         blocks = [model.block_name(index) for index in range(model.n_blocks)]
         rest = {"seed": seed, "state": output.tuning_state, "progress": progress}
-        target = original if teacher is None else teacher.whole()
-        done = tune(target, student, windows, tuning, free=free, blocks=blocks, **rest)
+        if teacher is not None:
+            del original  # two models are in memory at a time
+            original = teacher.whole()
+        done = tune(original, student, windows, tuning, free=free, blocks=blocks, **rest)
         changed = {sources[name]: t.to(model.source.tensors[sources[name]].dtype) for name, t in done.others.items()}
         for name, q in done.sites.items():
             changed |= {f"{name}.{key}": tensor.cpu() for key, tensor in pack(q, dtype, layout).tensors.items()}

@@ -70,7 +70,7 @@ def prune_model(
     tuning = replace(ANSWERING, steps=steps)
     if steps:
         check_head(model)
-        check_memory(model, model)
+        check_memory(model)
     tokenizer, length = load_tokenizer(origin), window_length(model, context)
     texts = {"context": length, "seed": seed, "progress": progress}
     windows, _ = calibration_windows(tokenizer, calibration, samples=samples or DEFAULT_SAMPLES, **texts)

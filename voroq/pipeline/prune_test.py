@@ -1,6 +1,8 @@
 """A pruned model is the original where the channels were worth nothing, nearest to it elsewhere, and a model like any other."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from voroq.cli import main
 from voroq.errors import VoroqError
 from voroq.numerics.linalg import without_columns
 from voroq.pipeline import tune as pipeline_tune
-from voroq.pipeline.model import open_model
+from voroq.pipeline.model import OpenModel, open_model
 from voroq.pipeline.prune import prune_model
 from voroq.pipeline.source import open_source
 from voroq.pipeline.tiny_models_test import tiny_tokens
@@ -165,13 +167,31 @@ def test_a_teacher_of_another_kind_or_without_tuning_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_teacher_needs_room_too(tmp_path, monkeypatch):
-    source = tiny_source(tmp_path / "in")
-    model = open_model(open_source(source), device="cpu")
-    monkeypatch.setattr(pipeline_tune, "free_memory", lambda device: pipeline_tune.tuning_bytes(model))
+def test_a_teacher_takes_the_place_of_what_the_student_was_made_of(tmp_path, monkeypatch):
+    """Two models are in memory at a time, whoever teaches."""
+    source, whole, made, alive = tiny_source(tmp_path / "in"), OpenModel.whole, [], []
+    prune(source, tmp_path / "pruned", 40)
+    (tmp_path / "pruned" / "text.txt").write_text((source / "text.txt").read_text())
+
+    def recorded(self: OpenModel) -> torch.nn.Module:
+        gc.collect()
+        alive.append(sum(model() is not None for model in made))
+        found = whole(self)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(OpenModel, "whole", recorded)
+    quick_run(tmp_path / "pruned", tmp_path / "out", QUICK["vptq"], tuning=TUNED, teacher=source)
+    assert alive == [0, 1, 1]
+
+
+def test_a_larger_teacher_needs_more_room(tmp_path, monkeypatch):
+    prune(tiny_source(tmp_path / "in"), tmp_path / "pruned", 40)
+    model, teacher = (open_model(open_source(tmp_path / name), device="cpu") for name in ("pruned", "in"))
+    monkeypatch.setattr(pipeline_tune, "free_memory", lambda device: pipeline_tune.tuning_bytes(model, model))
     check_memory(model)
     with pytest.raises(VoroqError, match="GB of memory"):
-        check_memory(model, model)
+        check_memory(model, teacher)
 
 
 def test_the_command_line_prunes(tmp_path, capsys):

@@ -140,15 +140,11 @@ def _original(source: str | Path, device: torch.device, revision: str | None, tr
     return open_model(origin, device=device)
 
 
-def check_tuning_of(
-    source: str | Path, *, narrower: bool = False, device: str, revision: str | None = None, trust_remote_code: bool = False
-) -> None:
-    """Raise VoroqError where the model in `source` cannot be tuned as a whole, or a narrower form of it beside it does not fit into
-    memory; for those who do something before they run."""
+def check_tuning_of(source: str | Path, *, device: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Raise VoroqError where the model in `source` cannot be tuned as a whole; for those who do something before they run."""
     model = _original(source, resolve_devices(device)[0], revision, trust_remote_code)
     check_head(model)
-    less = "keep all channels (--channels 0), so that one model less is held, " if narrower else ""
-    check_memory(model, model if narrower else None, less=less)
+    check_memory(model)
 
 
 def check_teacher_of(

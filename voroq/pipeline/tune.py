@@ -40,22 +40,20 @@ def check_head(model: OpenModel) -> None:
         raise VoroqError(f"{model.source.name} has no language model head, so there are no logits to tune towards; leave tuning out")
 
 
-def check_memory(model: OpenModel, teacher: OpenModel | None = None, *, less: str = "") -> None:
-    """Raise VoroqError where `model` is too large to be tuned as a whole on its device, `teacher` beside it, before any work is lost.
-    `less` is what would take less, for the message."""
-    more = 0 if teacher is None else 4 * sum(p.numel() for p in teacher.skeleton.parameters())
-    needed, free = tuning_bytes(model) + more, free_memory(model.device)
+def check_memory(model: OpenModel, teacher: OpenModel | None = None) -> None:
+    """Raise VoroqError where `model` is too large to be tuned as a whole on its device towards `teacher` (itself, if None), before any
+    work is lost."""
+    needed, free = tuning_bytes(model, teacher or model), free_memory(model.device)
     if free is not None and needed > free:
         raise VoroqError(
             f"tuning the whole model takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free on {model.device}; "
-            f"{less}leave tuning out (--effort fast holds one block at a time), or take a machine with more"
+            f"leave tuning out (--effort fast holds one block at a time), or take a machine with more"
         )
 
 
-def tuning_bytes(model: OpenModel) -> int:
-    """About the memory that `tune` takes: a float32 original, per quantized weight what makes and moves it, and logits of one pass."""
-    skeleton = model.skeleton
-    weights = sum(p.numel() for p in skeleton.parameters())
+def tuning_bytes(model: OpenModel, teacher: OpenModel) -> int:
+    """About the memory that `tune` takes: a float32 teacher, per quantized weight what makes and moves it, and logits of one pass."""
+    weights = sum(p.numel() for p in teacher.skeleton.parameters())
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
     return 4 * weights + PER_WEIGHT * model.linear_weights + PER_LOGIT * TOKENS_AT_ONCE * vocabulary
 

@@ -226,8 +226,6 @@ def test_what_does_not_fit_into_memory_is_refused_before_any_work(source, tmp_pa
         quick_run(source, tmp_path / "out", tuning=SOME)
     with pytest.raises(VoroqError, match="--effort fast"):
         check_tuning_of(source, device="cpu")
-    with pytest.raises(VoroqError, match="--channels 0"):
-        check_tuning_of(source, narrower=True, device="cpu")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(pipeline_tune, "free_memory", lambda device: None)  # where the system does not say
     check_tuning_of(source, device="cpu")

@@ -18,6 +18,7 @@ from voroq.pipeline.plan import make_plan
 BITS = 2.107
 PLAIN, SWEPT, FULL = {"rounds": "0"}, {"rounds": "1", "sweeps": "1"}, {"rounds": "2", "sweeps": "2"}
 ONE, TWO = {"hessian": "input", "interleave": False}, {"hessian": "two-sided", "interleave": False}
+STILL = {"embedding_rate": 0.0, "embedding_steps": 0}
 INTERLEAVED = {"hessian": "two-sided", "interleave": True}
 
 
@@ -28,17 +29,20 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "+ gradients at the outputs (two-sided)", SWEPT, Effort(), TWO
     yield "+ two rounds of two sweeps", FULL, Effort(), TWO
     yield "+ bits allocated", ALIKE, EFFORTS["fast"], TWO
-    whole = EFFORTS["balanced"]
+    whole = replace(EFFORTS["balanced"], own_text=0, narrower=False)
     for label, left in (
-        ("+ whole-model tuning", {"moves": 0.0, "guide": 0.0, "head_rate": 0.0, "embedding_rate": 0.0}),
-        ("+ code moves", {"guide": 0.0, "head_rate": 0.0, "embedding_rate": 0.0}),
-        ("+ guided by the blocks' outputs", {"head_rate": 0.0, "embedding_rate": 0.0}),
-        ("+ the head", {"embedding_rate": 0.0}),
-        ("+ the embedding", {}),
+        ("+ whole-model tuning", {"moves": 0.0, "guide": 0.0, "head_rate": 0.0, **STILL}),
+        ("+ code moves", {"guide": 0.0, "head_rate": 0.0, **STILL}),
+        ("+ guided by the blocks' outputs", {"head_rate": 0.0, **STILL}),
+        ("+ the head", STILL),
+        ("+ the embedding", {"embedding_steps": 0}),
+        ("+ the embedding alone, before", {}),
     ):
         yield label, ALIKE, replace(whole, tuning=replace(whole.tuning, **left)), TWO
     yield "+ channels interleaved", ALIKE, whole, INTERLEAVED
-    yield "+ cheap columns thinned (balanced)", FULL, whole, INTERLEAVED
+    yield "+ cheap columns thinned", FULL, whole, INTERLEAVED
+    yield "+ text of its own", FULL, replace(whole, own_text=EFFORTS["balanced"].own_text), INTERLEAVED
+    yield "+ channels left out (balanced)", FULL, EFFORTS["balanced"], INTERLEAVED
     yield "| balanced, asymmetric", FULL, whole, {**INTERLEAVED, "mode": "asymmetric"}
     yield "| bits allocated, channels interleaved (fast)", ALIKE, EFFORTS["fast"], INTERLEAVED
     yield "| the same with cheap columns thinned (fast)", FULL, EFFORTS["fast"], INTERLEAVED

@@ -36,6 +36,11 @@ def rows(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
 
+def newest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every method, number of bits and effort the row that was measured last; what others were is for the tables."""
+    return list({(r["row"], r["setting"].partition(" --effort ")[0], effort_of(r)): r for r in found}.values())
+
+
 def effort_of(r: dict[str, Any]) -> str:
     """The word behind --effort, whatever texts follow it."""
     return r["setting"].partition("--effort ")[2].partition(" ")[0] or "fast"
@@ -65,7 +70,7 @@ def gaussian() -> None:
 def quality() -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for name in ("quality", "quality-other", "quality-pvq"):
-        for r in rows(name):
+        for r in newest(rows(name)):
             method = r["setting"].split()[0].strip(",").lower()
             effort = effort_of(r)
             label = f"{method}, reference code" if r["row"] == "reference" else f"{method}, {effort}"
@@ -88,7 +93,7 @@ def vptq() -> None:
     for label, points in ANCHORS.items():
         axes.plot([bits for bits, _ in points], [gap for _, gap in points], "s", label=label, markersize=4, alpha=0.6)
     efforts: dict[str, list[tuple[float, float]]] = {}
-    for r in rows("quality"):
+    for r in newest(rows("quality")):
         if r["row"] == "voroq" and r["setting"].startswith("vptq"):
             efforts.setdefault(effort_of(r), []).append((r["bpw"], r["gap"]))
     for effort, points in efforts.items():

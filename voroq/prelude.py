@@ -11,6 +11,7 @@ run finds it again.
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def quantize_with(
 
     Raises VoroqError, for what can be refused before anything is done.
     """
-    progress = progress or Silent()
+    progress, began = progress or Silent(), time.perf_counter()
     place = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     check_claim(Path(out), resume=resume)
     if allocate is None:
@@ -92,7 +93,7 @@ def quantize_with(
         if found.channels is not None:
             teacher, source = source, begun.narrower(found.channels, samples=samples, **text)
     how = {"tuning": effort.tuning, "teacher": teacher, "samples": samples, "interleave": interleave, "seed": seed, "resume": resume}
-    return quantize_model(source, out, plan, progress=progress, **how, **text, **place, **options)
+    return quantize_model(source, out, plan, progress=progress, began=began, **how, **text, **place, **options)
 
 
 def _share_left(source: str | Path, channels: int, effort: Effort, teacher: str | Path | None, place: Mapping[str, Any]) -> float:

@@ -1,6 +1,7 @@
 """What an effort does before its run: told from what reaches the run, and once from beginning to end, interrupted and resumed."""
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,8 +64,10 @@ def test_an_effort_allocates_what_can_be_allocated_unless_told_otherwise(recorde
 def test_what_is_shared_reaches_plan_and_run(recorded, tmp_path):
     text = {"calibration": ["c.txt"], "samples": 7, "context": 33, "interleave": False}
     place = {"device": "cpu", "seed": 5, "revision": "abc", "trust_remote_code": True}
+    before = time.perf_counter()
     quantize_with(EFFORTS["fast"], "in", tmp_path / "out", BUDGET, **text, **place, mode="sequential")
     progress = recorded.run[1]["progress"]
+    assert before <= recorded.run[1].pop("began") <= time.perf_counter()
     expected = {**text, **place, "tuning": None, "teacher": None, "resume": False, "mode": "sequential", "progress": progress}
     assert recorded.run == (("in", tmp_path / "out", "the allocation"), expected)
     del text["samples"]  # a plan has its own number

@@ -27,13 +27,13 @@ class Latent:
     """The weights of one linear [out in], in stored order, where Adam would have taken them."""
 
     def __init__(self, weight: Matrix) -> None:
-        self.weight = weight.detach().clone()
+        self.weight = weight.detach().clone(memory_format=torch.contiguous_format)
         self.size = float(self.weight.square().mean().sqrt())
         self._adam = torch.optim.Adam([self.weight], lr=0.0, betas=BETAS, eps=1e-20, fused=True)
 
     def step(self, gradient: Matrix, rate: float) -> None:
         """One step of Adam; `rate` is relative to the root mean square the weights began with."""
-        self.weight.grad = gradient.float()
+        self.weight.grad = gradient.float().contiguous()  # the fused step reads memory as it lies, and says nothing
         self._adam.param_groups[0]["lr"] = rate * self.size
         self._adam.step()
         self.weight.grad = None

@@ -38,7 +38,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 def newest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every method, number of bits and effort the row that was measured last; what others were is for the tables."""
-    return list({(r["row"], r["setting"].partition(" --effort ")[0], effort_of(r)): r for r in found}.values())
+    return list({(r["row"], r["setting"].partition(" --effort ")[0], effort_of(r), round(r["bpw"], 1)): r for r in found}.values())
 
 
 def effort_of(r: dict[str, Any]) -> str:
@@ -84,7 +84,7 @@ def quality() -> None:
         axes.plot([bits for bits, _ in points], [gap for _, gap in points], style, label=label, markersize=4)
     axes.set(yscale="log", xlabel="bits per weight, everything stored", ylabel="mean ln(perplexity / full precision's)")
     axes.set_title("Bundled model")
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, loc="upper right")
     save(figure, "pvq-quality")
 
 

@@ -83,13 +83,11 @@ def quantize_model(
     `device` is auto, cpu, cuda or a list of devices. `block_tuning` tunes every quantized block towards the original block's output
     on the same inputs, `tuning` the whole quantized model towards the original's logits afterwards (both are then in memory), or towards
     those of another model, `teacher`, of which `source` is a pruned form (at `revision`, where `source` is a folder). With `resume`
-    an interrupted run goes on; the result has the same bytes. The report's seconds count from `began` (time.perf_counter), where what
-    belongs to the run began before it.
+    an interrupted run goes on; the result has the same bytes. Seconds count from `began` (time.perf_counter), where a run began earlier.
 
     Everything that can be refused is refused before the first block. Raises VoroqError (FormatError for damaged files).
     """
-    began = time.perf_counter() if began is None else began
-    progress = progress or Silent()
+    progress, began = progress or Silent(), time.perf_counter() if began is None else began
     block_tuning = block_tuning if block_tuning is not None and block_tuning.steps else None
     devices = resolve_devices(device)
     model = _original(source, devices[0], revision, trust_remote_code)

@@ -47,7 +47,7 @@ def check_memory(model: OpenModel, teacher: OpenModel | None = None) -> None:
     if free is not None and needed > free:
         raise VoroqError(
             f"tuning the whole model takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free on {model.device}; "
-            f"leave tuning out (--effort fast holds one block at a time), or take a machine with more"
+            "leave tuning out (--effort fast holds one block at a time), or take a machine with more"
         )
 
 

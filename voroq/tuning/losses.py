@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 CHUNK = 1 << 17
-"""Logits looked at together: few enough to stay in a core's cache from one step to the next."""
+"""Logits looked at together on a CPU: few enough to stay in a core's cache from one step to the next."""
 
 
 def divergence(target: Float[Tensor, "*batch v"], logits: Float[Tensor, "*batch v"]) -> Float[Tensor, ""]:
@@ -25,7 +25,7 @@ class _Divergence(torch.autograd.Function):
     def forward(context: Any, target: Tensor, logits: Tensor) -> Tensor:
         size = logits.shape[-1]
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if context.needs_input_grad[1] else None
-        rows = max(1, CHUNK // size)
+        rows = max(1, CHUNK // size) if logits.device.type == "cpu" else logits.numel() // size
         parts = [t.reshape(-1, size).split(rows) for t in (target, logits, logits if gradient is None else gradient)]
         total = torch.zeros((), device=logits.device)
         for wanted, found, own in zip(*parts, strict=True):

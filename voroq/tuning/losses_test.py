@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from voroq.tuning import losses
 from voroq.tuning.losses import divergence
 
 
@@ -12,8 +13,10 @@ def literal(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 50)])
-def test_value_and_gradient_are_those_of_the_formula(shape, dtype):
+@pytest.mark.parametrize("at_once", [10, losses.CHUNK])
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 50), (11, 3)])
+def test_value_and_gradient_are_those_of_the_formula(shape, at_once, dtype, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", at_once)
     rng = torch.Generator().manual_seed(0)
     target, found = (3 * torch.randn(2, *shape, generator=rng)).to(dtype).unbind()
     ours, theirs = found.clone().requires_grad_(), found.clone().requires_grad_()

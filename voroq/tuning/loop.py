@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from voroq.errors import VoroqError
 from voroq.quantized import Quantized, reals, with_reals
-from voroq.tuning.moves import ADAM, Latent, repick
+from voroq.tuning.moves import BETAS, Latent, repick
 from voroq.tuning.trainable import Trainable
 
 HELD_OUT = 32
@@ -27,6 +27,8 @@ CHECK_EVERY = 30
 MOVE_EVERY = 4
 """Steps between moves of codes."""
 _WARM_UP = 10
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+"""What the optimiser remembers of a tensor, once it has moved."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Loop:
         for p, rate in rated.values():
             p.requires_grad_(True)
             groups.append({"params": [p], "base": rate * float(p.detach().square().mean().sqrt().clamp_min(1e-8))})
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
         self.step = 0
         self.first = self.best = math.inf
         self.kept: dict[str, Tensor] = {}
@@ -200,9 +202,9 @@ class Loop:
         self._load({name.removeprefix("now/"): t for name, t in tensors.items() if name.startswith("now/")})
         self.kept = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
         for name, p in self.parameters.items():
-            self.adam.state[p] = {key: tensors[f"{key}/{name}"].clone() for key in ADAM if f"{key}/{name}" in tensors}
+            self.adam.state[p] = _remembered(tensors, "", name)
         for name, latent in self.latents.items():
-            latent.restore({key: tensors[f"latent/{key}/{name}"] for key in ("weight", *ADAM) if f"latent/{key}/{name}" in tensors})
+            latent.restore(tensors[f"latent/weight/{name}"], _remembered(tensors, "latent/", name))
 
     def _model(self) -> dict[str, Tensor]:
         """What makes the model: parameters and, where they move, codes."""
@@ -233,6 +235,11 @@ class Loop:
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(count, generator=torch.Generator().manual_seed((self.seed << 20) + epoch))
         return order[place * size : (place + 1) * size]
+
+
+def _remembered(tensors: Mapping[str, Tensor], kind: str, name: str) -> dict[str, Tensor]:
+    """Copies of what the optimiser remembered of `name`, which `state` put under `kind`; nothing of what had not moved."""
+    return {key: tensors[f"{kind}{key}/{name}"].clone() for key in _ADAM if f"{kind}{key}/{name}" in tensors}
 
 
 def _moved(q: Quantized, latent: Latent, limit: float) -> Iterator[Tensor]:

@@ -17,8 +17,6 @@ from voroq.quantized import Band
 from voroq.shapes import Codes, Matrix, Vectors
 
 BETAS = (0.9, 0.95)
-ADAM = ("step", "exp_avg", "exp_avg_sq")
-"""What the optimiser remembers of a tensor."""
 SEARCHED = 8
 """Vectors for every word of a table, at least, where it pays to know first how far apart its words are."""
 
@@ -42,9 +40,10 @@ class Latent:
         """Everything that `restore` needs."""
         return {"weight": self.weight, **self._adam.state[self.weight]}
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self.weight.copy_(tensors["weight"])
-        self._adam.state[self.weight] = {key: tensors[key].clone() for key in ADAM if key in tensors}
+    def restore(self, weight: Matrix, remembered: Mapping[str, Tensor]) -> None:
+        """Continue from `state`: the weight, and the rest."""
+        self.weight.copy_(weight)
+        self._adam.state[self.weight] = dict(remembered)
 
 
 def repick(band: Band, codes: Int[Tensor, "rows cols s"], latent: Float[Tensor, "out c"], limit: float) -> Int[Tensor, "rows cols s"]:

@@ -57,14 +57,14 @@ class Trainable(nn.Module):
         return {name.replace("|", "."): p for name, p in self.stored.items()}
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        values = self._reals()
+        values, dtype = self._reals(), product_dtype(x)
         if all(name.endswith("/centroids") for name in values):  # nothing is added or multiplied: rounded first, they are rounded alike
-            values = {name: p.to(product_dtype(x)) for name, p in values.items()}
+            values = {name: p.to(dtype) for name, p in values.items()}
         q = with_reals(self._spelled, values)
         stored = q.stored()
         if self.watch and stored.requires_grad:
             stored.register_hook(self._collect)
-        return F.linear(x, q.transform.restore(stored).to(product_dtype(x)), self.bias)
+        return F.linear(x, q.transform.restore(stored).to(dtype), self.bias)
 
     def _collect(self, gradient: Tensor) -> None:
         gradient = gradient.float()

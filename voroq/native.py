@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ABI = 8
+ABI = 9
 """Of the interface; a library built from other sources is not used."""
 PATH = Path(__file__).parent / "libvoroq_cpu.so"
 
@@ -60,6 +60,12 @@ class Sides(ctypes.Structure):
     """What an error in one row of tiles costs."""
 
     _fields_ = (("metric", c_void_p), ("inverse", c_void_p), ("columns", c_int64))
+
+
+class Rows(ctypes.Structure):
+    """The same for rows of tiles one below the other, and what each of them says to those below."""
+
+    _fields_ = (*[(name, c_void_p) for name in ("metrics", "inverses", "below")], ("count", c_int64), ("columns", c_int64))
 
 
 class Turn(ctypes.Structure):
@@ -235,7 +241,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.voroq_index_free.restype, found.voroq_index_free.argtypes = None, (c_void_p,)
     found.voroq_nearest.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32)
     found.voroq_feedback_tile.argtypes = (ctypes.POINTER(Tables), c_void_p, c_void_p, c_int64, *[c_void_p] * 3)
-    found.voroq_descend_tile.argtypes = (ctypes.POINTER(Tables), *[c_void_p] * 3, c_int64, *[c_void_p] * 3, ctypes.POINTER(c_int64))
+    found.voroq_descend_tiles.argtypes = (ctypes.POINTER(Tables), ctypes.POINTER(Rows), *[c_void_p] * 4, ctypes.POINTER(c_int64))
     found.voroq_pyramid_new.restype = c_void_p
     found.voroq_pyramid_new.argtypes = (c_int32, ctypes.POINTER(c_int32), *[c_int32] * 4)
     found.voroq_pyramid_free.restype, found.voroq_pyramid_free.argtypes = None, (c_void_p,)

@@ -1,4 +1,4 @@
-// Rounding in a metric of two sides, one row of tiles at a time (voroq/rounding/kronecker.py has the mathematics and the slow twin).
+// Rounding in a metric of two sides, row after row of tiles (voroq/rounding/kronecker.py has the mathematics and the slow twin).
 // A tile is v weights down the output; its words are a table's, or sums of two tables' entries; `metric` [v, v] says what an error costs.
 // Pyramids are in pulses.inc.
 #include "voroq.h"
@@ -142,9 +142,24 @@ EVERY_SET void feedback(Words& words, const float* u, int64_t columns, float* re
     feed_back(words, u, columns, rest, codes, errors);
 }
 
-EVERY_SET int32_t descend(
-    Words& words, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error, int64_t* codes) {
-    return sweep(words, metric, inverse, h, columns, pull, error, codes);
+// What a sweep takes from its own pulls, the metric times its steps times h, says what it takes from the pulls of the rows below.
+EVERY_SET int64_t descend(const VoroqTables& tables, const Rows& rows, const float* h, float* pulls, float* error, int64_t* codes) {
+    const int64_t v = tables.v, tall = rows.count * v, wide = rows.columns;
+    std::vector<float> before(size_t(v * wide));
+    int64_t moves = 0;
+    for (int64_t r = 0; r < rows.count; ++r) {
+        const float* metric = rows.metrics + r * v * v;
+        float* pull = pulls + r * v * wide;
+        Words words(tables, metric);
+        std::copy(pull, pull + v * wide, before.begin());
+        const int32_t here = sweep(words, metric, rows.inverses + r * v * v, h, wide, pull, error + r * v * wide, codes + r * wide * words.streams);
+        if (!here) continue;
+        moves += here;
+        for (int64_t i = 0; i < v * wide; ++i) before[size_t(i)] -= pull[i];
+        for (int64_t l = (r + 1) * v; l < tall; ++l)
+            for (int64_t a = 0; a < v; ++a) subtract(pulls + l * wide, before.data() + a * wide, rows.below[l * tall + r * v + a], wide);
+    }
+    return moves;
 }
 
 }  // namespace
@@ -161,12 +176,10 @@ int32_t voroq_feedback_tile(
     return 2;
 }
 
-int32_t voroq_descend_tile(
-    const VoroqTables* tables, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error,
-    int64_t* codes, int64_t* moves) try {
+int32_t voroq_descend_tiles(
+    const VoroqTables* tables, const Rows* rows, const float* h, float* pulls, float* error, int64_t* codes, int64_t* moves) try {
     if (tables->v < 1 || tables->v > Words::LONGEST) return 1;
-    Words words(*tables, metric);
-    *moves += descend(words, metric, inverse, h, columns, pull, error, codes);
+    *moves += descend(*tables, *rows, h, pulls, error, codes);
     return 0;
 } catch (const std::bad_alloc&) {
     return 2;

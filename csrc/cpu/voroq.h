@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#define VOROQ_ABI 8
+#define VOROQ_ABI 9
 
 enum Real : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
 enum Kind : int32_t { TABLE = 0, GRID = 1, PYRAMID = 2, PULSES = 3 };
@@ -67,6 +67,13 @@ struct Sides {
     const float* metric;
     const float* inverse;
     int64_t columns;
+};
+
+// The same for rows of tiles one below the other, [count, v, v] each; and below [count v, count v], the metric of all of them with every
+// tile's columns times the tile's inverse, of which what lies below the tiles on the diagonal is read.
+struct Rows {
+    const float *metrics, *inverses, *below;
+    int64_t count, columns;
 };
 
 // q = diag(signs) h / sqrt(n) for vectors of n: h is n / block copies of Sylvester's matrix of order block / order times the core [order, order].
@@ -137,11 +144,10 @@ int32_t voroq_nearest(const void* index, const float* v, int64_t n, int64_t* bes
 // turn came, after; u [columns, columns] upper; codes [columns, streams]; errors [v, columns] divided by u's diagonal.
 int32_t voroq_feedback_tile(
     const VoroqTables* tables, const float* metric, const float* u, int64_t columns, float* rest, int64_t* codes, float* errors);
-// One sweep of coordinate descent along one row of tiles: pull = metric-weighted gradient [v, columns], error [v, columns] and codes move;
-// `inverse` of the metric; h [columns, columns]. The moves are added to *moves.
-int32_t voroq_descend_tile(
-    const VoroqTables* tables, const float* metric, const float* inverse, const float* h, int64_t columns, float* pull, float* error,
-    int64_t* codes, int64_t* moves);
+// One sweep of coordinate descent along rows of tiles, each knowing the steps of those above: pulls = metric-weighted gradient
+// [count v, columns], error [count v, columns] and codes [count, columns, streams] move; h [columns, columns]. The moves are added to *moves.
+int32_t voroq_descend_tiles(
+    const VoroqTables* tables, const Rows* rows, const float* h, float* pulls, float* error, int64_t* codes, int64_t* moves);
 // Pyramids of `dim` 8 or 16 and up to 127 pulses, `levels` of them under one number of `bits` bits. With `gains` above 0 there is one level,
 // and that many gains, a power of two, are named by the bits above the number's. `classes`: the class order, not the split order. Null for
 // what this library lacks. Free it once.
@@ -150,7 +156,7 @@ void voroq_pyramid_free(void* pyramid);
 // y[i] is the point and level[i] the level, `levels` for the zero vector, of the word scales[level] * y nearest to v_i, for v and y [n, dim];
 // y on level j has pulses[j] pulses. `dim` is 8 or 16.
 int32_t voroq_project(const Union* words, const float* v, int64_t n, int64_t* level, float* y, int32_t threads, int32_t isa);
-// `voroq_feedback_tile` and `voroq_descend_tile` for such words; codes are the level and the entries of y, raised by the most pulses.
+// `voroq_feedback_tile` and `voroq_descend_tiles` along one row, for such words; codes are the level and the entries of y, raised by the most pulses.
 int32_t voroq_feedback_pulses(const Union* words, const Sides* sides, const float* u, float* rest, int16_t* codes, float* errors, int32_t isa);
 int32_t voroq_descend_pulses(
     const Union* words, const Sides* sides, const float* h, float* pull, float* error, int16_t* codes, int64_t* moves, int32_t isa);

@@ -18,8 +18,8 @@ METHODS: dict[str, type] = {"vptq": VPTQ, "pvq": PVQ, "gptq": GPTQ, "rtn": RTN}
 def probing(method: Method) -> Method:
     """`method` at the same rate with the least search, feedback alone: what a linear is worth shows as well, in half the time."""
     if isinstance(method, VPTQ):
-        return replace(method, rounds=0)
-    return replace(method, sweeps=0) if isinstance(method, PVQ) else method
+        return replace(method, rounds=0, anneal=0)
+    return replace(method, sweeps=0, anneal=0) if isinstance(method, PVQ) else method
 
 
 def is_one_sided(method: Method) -> bool:

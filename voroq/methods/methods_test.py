@@ -49,9 +49,10 @@ BASE = {
 OTHER = {
     "vptq": dict(
         vector_length=4, table_bits=5, residual_bits=2, groups=2, outlier_percent=5.0, outliers="cheapest", outlier_vector_length=4,
-        outlier_table_bits=3, normalize="std", permute=False, damping=0.5, kmeans_steps=1, restarts=3, rounds=0, sweeps=0, beam=1,
+        outlier_table_bits=3, normalize="std", permute=False, damping=0.5, kmeans_steps=1, restarts=3, rounds=0, sweeps=0, anneal=20,
+        beam=1,
     ),
-    "pvq": dict(bits=2.5, dim=8, along="input", rotation="both", gains="paper", order="class", sweeps=0, damping=0.5),
+    "pvq": dict(bits=2.5, dim=8, along="input", rotation="both", gains="paper", order="class", sweeps=0, anneal=20, damping=0.5),
     "gptq": dict(bits=2, group_size=None, act_order=False, grid="minmax", damping=0.5),
     "rtn": dict(bits=2, group_size=None, grid="mse"),
 }  # fmt: skip

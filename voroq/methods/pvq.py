@@ -64,6 +64,8 @@ class PVQ:
     """how words are numbered: split, or class (dim=8 only: decoded faster on a CPU up to 2.5 bits, not at all by the GPU kernels)"""
     sweeps: int = 2
     """coordinate-descent sweeps over the codes after the feedback, 0 to 100"""
+    anneal: int = 0
+    """sweeps over the codes at falling temperatures after that, which find what no single code's move can; 0 = none"""
     damping: float = 0.01
     """added to the Hessian's diagonal, relative to its mean"""
 
@@ -81,6 +83,8 @@ class PVQ:
             raise VoroqError(f"order={self.order!r} is not there for {here}; use split, or class for dim=8 with gains=levels")
         if not 0 <= self.sweeps <= 100:
             raise VoroqError(f"sweeps={self.sweeps} is out of range; give 0 to 100")
+        if not 0 <= self.anneal <= 100000:
+            raise VoroqError(f"anneal={self.anneal} is out of range; give 0 to 100000")
         check_damping(self.damping)
 
     @property
@@ -106,18 +110,26 @@ class PVQ:
             order = Permute(activation_order(h))  # absorbed again: any order of columns costs nothing
             steps, h = [*steps, order], order.hessian(h)
         transform = Chain(tuple(steps))
-        band, codes = self._numbered(*self._sweeps(transform.weight(w), Metric(h, g)))
+        band, codes = self._numbered(*self._sweeps(transform.weight(w), Metric(h, g), rng))
         out = Quantized((w.shape[0], w.shape[1]), transform, (band,), (codes,), notes)
         return absorb(out) if self.along == "output" else out
 
-    def _sweeps(self, w: Matrix, metric: Metric) -> Coded:
+    def _sweeps(self, w: Matrix, metric: Metric, rng: torch.Generator) -> Coded:
         bands = [self._fit(w)]
         done = metric.feedback(w, bands) if self.along == "output" else feedback(w, metric.h, bands, metric=True)
         band, codes = _refitted(w, metric.h, done.bands[0], done.codes[0], g=metric.g)
         if self.sweeps:
             done = metric.descend(w, (band,), (codes,), sweeps=self.sweeps)
             band, codes = _refitted(w, metric.h, done.bands[0], done.codes[0], g=metric.g)
-        return band, codes
+        return self._annealed(w, metric, band, codes, rng) if self.anneal else (band, codes)
+
+    def _annealed(self, w: Matrix, metric: Metric, band: Band, codes: Int[Tensor, "rows cols s"], rng: torch.Generator) -> Coded:
+        """Band and codes from sweeps at falling temperatures, if they cost less."""
+        least = metric.descend(w, (band,), (codes,), sweeps=0).loss.sum()
+        done = metric.anneal(w, (band,), (codes,), sweeps=self.anneal, rng=rng)
+        found = _refitted(w, metric.h, band, done.codes[0], g=metric.g)
+        done = metric.descend(w, found[:1], found[1:], sweeps=max(1, self.sweeps))
+        return _refitted(w, metric.h, found[0], done.codes[0], g=metric.g) if done.loss.sum() < least else (band, codes)
 
     def _without_data(self, w: Matrix, transform: Chain) -> Quantized:
         """The nearest words under H = I; no matrix of in x in, and the search goes over a part of the rows at a time."""

@@ -80,6 +80,8 @@ class VPTQ:
     """times the tables are refitted to the proxy loss and the matrix swept again"""
     sweeps: int = 2
     """coordinate-descent sweeps over the codes per round; 0 = rounds sweep by feedback alone"""
+    anneal: int = 0
+    """sweeps over the codes at falling temperatures after the rounds, which find what no single code's move can; 0 = none"""
     beam: int = 8
     """main centroids tried for each vector where there is a residual table; 1 = greedily"""
 
@@ -87,7 +89,8 @@ class VPTQ:
         bounds = {
             "vector_length": (1, 64), "table_bits": (1, 16), "residual_bits": (0, self.table_bits), "groups": (1, 4096),
             "outlier_percent": (0, 50), "outlier_vector_length": (2, 64), "outlier_table_bits": (1, 16),
-            "kmeans_steps": (1, 1000), "restarts": (0, 1000), "rounds": (0, 100), "sweeps": (0, 100), "beam": (1, 65536),
+            "kmeans_steps": (1, 1000), "restarts": (0, 1000), "rounds": (0, 100), "sweeps": (0, 100), "anneal": (0, 100000),
+            "beam": (1, 65536),
         }  # fmt: skip
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
@@ -119,8 +122,12 @@ class VPTQ:
         best = metric.feedback(w, self._fit(w, metric, rng))
         if self.residual_bits:
             best = metric.feedback(w, self._with_residuals(best, metric, rng))
-        if not self.rounds:
-            return best
+        if self.rounds:
+            best = self._rounds(w, metric, best)
+        return self._annealed(w, metric, best, rng) if self.anneal else best
+
+    def _rounds(self, w: Matrix, metric: Loss, best: Rounded) -> Rounded:
+        """Tables refitted and the matrix swept again, as long as that lowers the loss."""
         bands = refit(w, metric, best.bands, best.codes)
         for done in range(self.rounds):
             tried = best if done and self.sweeps else metric.feedback(w, bands)  # what descent has reached feedback does not find again
@@ -129,7 +136,15 @@ class VPTQ:
             if tried.loss.sum() >= best.loss.sum():
                 break
             best, bands = tried, refit(w, metric, tried.bands, tried.codes)
-        return Rounded(bands, best.codes, best.loss, best.targets)
+        return replace(best, bands=bands)
+
+    def _annealed(self, w: Matrix, metric: Loss, best: Rounded, rng: torch.Generator) -> Rounded:
+        """Codes from sweeps at falling temperatures, tables refitted to them and, once more, codes to those; if that lowers the loss."""
+        before = metric.anneal(w, best.bands, best.codes, sweeps=self.anneal, rng=rng)
+        tried = metric.descend(w, refit(w, metric, before.bands, before.codes), before.codes, sweeps=max(1, self.sweeps))
+        if tried.loss.sum() >= best.loss.sum():
+            return best
+        return replace(tried, bands=refit(w, metric, tried.bands, tried.codes))
 
     def stored_bits(self, shape: tuple[int, int], float_bits: int = 16) -> int:
         """Bits the official format stores for a matrix of `shape` (out, in): codes, tables, scale and shift, permutation."""

@@ -11,14 +11,15 @@ independent. With inv(G) = V^T V, V upper triangular, and F_r what row block r i
     tr(G E H E^T) = sum_r tr(D_r F_r H F_r^T)          D_r = inv(V_rr^T V_rr)
 
 so the two-sided loop is the one-sided one (`feedback.py`) inside another: bands in order, in each rows of tiles top down, columns along
-each, vectors searched in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric.
+each, vectors searched in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric, and `anneal` at falling temperatures.
 Both take tiles one column wide. With G the identity they do what `feedback.feedback` and `descent.descend` do.
 
 On a CPU with the library of kernels, tables and pyramids in float32 go there, a row of tiles at a time.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +33,7 @@ from voroq.codebook.table import Table
 from voroq.numerics.linalg import inverse_factor
 from voroq.numerics.nearest import is_native
 from voroq.quantized import Band
+from voroq.rounding.descent import cooling, noise
 from voroq.rounding.feedback import Rounded, conditional_metric
 from voroq.shapes import Matrix, Square
 
@@ -64,11 +66,42 @@ def feedback(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[
     return _result(w, h, g, bands, codes, torch.cat(targets, dim=1))
 
 
-def descend(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int) -> Rounded:
+def descend(
+    w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int, lazy: int = 128
+) -> Rounded:
     """`codes` after at most `sweeps` sweeps over all tiles, each rounded again given all the others; fewer where a sweep moves nothing.
 
-    A code moves only where that lowers tr(G E H E^T), so the loss never rises. `targets` are the weights themselves.
+    A code moves only where that lowers tr(G E H E^T), so the loss never rises. About `lazy` rows of a band are finished before the
+    rest of it hears of them; it changes the speed, not the result. `targets` are the weights themselves.
     """
+    return _swept(w, h, g, bands, codes, lambda loss: [0.0] * sweeps, None, lazy)
+
+
+def anneal(
+    w: Matrix,
+    h: Square,
+    g: Float[Tensor, "out out"],
+    bands: Sequence[Band],
+    codes: Sequence[Tensor],
+    *,
+    sweeps: int,
+    rng: torch.Generator,
+    lazy: int = 128,
+) -> Rounded:
+    """`codes` after `sweeps` sweeps at falling temperatures (`descent.py` says what for); `rng` is a CPU generator."""
+    return _swept(w, h, g, bands, codes, lambda loss: cooling(loss, sweeps), rng, lazy)
+
+
+def _swept(
+    w: Matrix,
+    h: Square,
+    g: Float[Tensor, "out out"],
+    bands: Sequence[Band],
+    codes: Sequence[Tensor],
+    heats: Callable[[float], Sequence[float]],
+    rng: torch.Generator | None,
+    lazy: int,
+) -> Rounded:
     out = w.shape[0]
     room = max(-(-out // band.tile.rows) * band.tile.rows for band in bands)
     error, weights = _padded(w, g, room)
@@ -76,18 +109,83 @@ def descend(w: Matrix, h: Square, g: Float[Tensor, "out out"], bands: Sequence[B
     for band, part in zip(bands, codes, strict=True):
         tall = part.shape[0] * band.tile.rows
         error[:tall, band.start : band.stop] -= band.decode(part, tall)
-    for _ in range(sweeps):
-        moves = 0
-        for band, part in zip(bands, codes, strict=True):
-            columns = slice(band.start, band.stop)
-            curvature = h[columns, columns].contiguous()
-            for row in range(part.shape[0]):
-                rows = slice(row * band.tile.rows, (row + 1) * band.tile.rows)
-                pull = ((weights[rows] @ error) @ h[:, columns]).contiguous()
-                moves += _descend_tile(pull, error[rows, columns], curvature, weights[rows, rows], band, row, part[row])
-        if not moves:
+    strips = [_Strip.of(band, part, h, weights, lazy) for band, part in zip(bands, codes, strict=True)]
+    for heat in heats(float(kronecker_loss(error[:out], h, g).sum()) / w.numel()):
+        moves = sum(strip.sweep(part, error, h, weights, heat, rng) for strip, part in zip(strips, codes, strict=True))
+        if not moves and not heat:
             break
     return _result(w, h, g, bands, codes, w)
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """A band with what its sweeps need over and over: the metric of every row of tiles, what undoes it, the curvature along the columns,
+    and for every `group` of rows G times those inverses, which says what a row's steps are to the rows below."""
+
+    band: Band
+    metrics: Float[Tensor, "rows v v"]
+    inverses: Float[Tensor, "rows v v"]
+    curvature: Float[Tensor, "c c"]
+    group: int
+    below: tuple[Float[Tensor, "n n"], ...]
+
+    @staticmethod
+    def of(band: Band, codes: Int[Tensor, "rows c s"], h: Square, weights: Float[Tensor, "m m"], lazy: int) -> "_Strip":
+        height, count, columns = band.tile.rows, codes.shape[0], slice(band.start, band.stop)
+        metrics = torch.stack([weights[top : top + height, top : top + height] for top in range(0, count * height, height)])
+        inverses, group = _inverse(metrics), max(1, lazy // height)
+        below = []
+        for first in range(0, count, group):
+            part = inverses[first : first + group]
+            rows = slice(first * height, (first + len(part)) * height)
+            below.append(torch.einsum("mrv,rvw->mrw", weights[rows, rows].unflatten(1, (-1, height)), part).flatten(1).contiguous())
+        return _Strip(band, metrics, inverses, h[columns, columns].contiguous(), group, tuple(below))
+
+    def sweep(
+        self,
+        codes: Int[Tensor, "rows c s"],
+        error: Float[Tensor, "m in"],
+        h: Square,
+        weights: Float[Tensor, "m m"],
+        heat: float,
+        rng: torch.Generator | None,
+    ) -> int:
+        """One sweep over all rows of tiles; `codes` and `error` move in place. The number of moves."""
+        height, columns, moves = self.band.tile.rows, slice(self.band.start, self.band.stop), 0
+        shaken = self._shaken(heat, rng) if heat else None
+        for at, first in enumerate(range(0, codes.shape[0], self.group)):
+            part = codes[first : first + self.group]
+            rows = slice(first * height, (first + len(part)) * height)
+            pulls = (weights[rows] @ error) @ h[:, columns]
+            if shaken is not None:
+                pulls += shaken[first : first + self.group].flatten(0, 1)
+            left = error[rows, columns].contiguous()
+            moves += self._descend(at, pulls, left, part)
+            error[rows, columns] = left
+        return moves
+
+    def _descend(self, at: int, pulls: Float[Tensor, "n c"], error: Float[Tensor, "n c"], codes: Int[Tensor, "r c s"]) -> int:
+        """One sweep along the `at`-th group of rows; `pulls`, which are G E H there, `error` and `codes` move in place."""
+        first, height, below = at * self.group, self.band.tile.rows, self.below[at]
+        tables = _tables(self.band, pulls)
+        if tables is not None:
+            metrics, inverses = self.metrics[first : first + len(codes)], self.inverses[first : first + len(codes)]
+            rows = native.Rows(metrics.data_ptr(), inverses.data_ptr(), below.data_ptr(), len(codes), pulls.shape[1])
+            count, moving = ctypes.c_int64(0), (pulls.data_ptr(), error.data_ptr(), codes.data_ptr())
+            native.call("voroq_descend_tiles", tables, rows, self.curvature.data_ptr(), *moving, ctypes.byref(count))
+            return count.value
+        moves = 0
+        for row in range(len(codes)):
+            here, after = slice(row * height, (row + 1) * height), slice((row + 1) * height, None)
+            before = pulls[here].clone()
+            moves += _descend_tile(pulls[here], error[here], self, first + row, codes[row])
+            pulls[after] += below[after, here] @ (pulls[here] - before)
+        return moves
+
+    def _shaken(self, heat: float, rng: torch.Generator | None) -> Float[Tensor, "rows v c"]:
+        """Noise for the pulls that puts the targets off by what a temperature of `heat` allows."""
+        drawn = noise((*self.metrics.shape[:2], len(self.curvature)), self.metrics, rng)
+        return (torch.linalg.cholesky(self.metrics) @ drawn) * (heat * self.curvature.diagonal()).sqrt()
 
 
 def _feedback_band(
@@ -142,28 +240,15 @@ def _feedback_tile(
 
 
 def _descend_tile(
-    pull: Float[Tensor, "v c"],
-    error: Float[Tensor, "v c"],
-    h: Float[Tensor, "c c"],
-    metric: Float[Tensor, "v v"],
-    band: Band,
-    row: int,
-    codes: Int[Tensor, "c s"],
+    pull: Float[Tensor, "v c"], error: Float[Tensor, "v c"], strip: _Strip, row: int, codes: Int[Tensor, "c s"]
 ) -> int:
-    """One sweep along a row of tiles; `error`, a view, and `codes` move in place. `pull` is G E H there. The number of moves."""
-    metric = metric.contiguous()
-    inverse = _inverse(metric)
-    tables, pulses = _tables(band, pull), _pulses(band, row, pull)
-    if tables is not None or pulses is not None:
-        left, count = error.contiguous(), ctypes.c_int64(0)
-        moving = (pull.data_ptr(), left.data_ptr(), codes.data_ptr())
-        if pulses is not None:
-            sides = native.Sides(metric.data_ptr(), inverse.data_ptr(), pull.shape[1])
-            native.call("voroq_descend_pulses", pulses, sides, h.data_ptr(), *moving, ctypes.byref(count), -1)
-        else:
-            given = (metric.data_ptr(), inverse.data_ptr(), h.data_ptr(), pull.shape[1])
-            native.call("voroq_descend_tile", tables, *given, *moving, ctypes.byref(count))
-        error.copy_(left)
+    """One sweep along the `row`-th row of tiles; `pull`, which is G E H there, `error` and `codes` move in place. The number of moves."""
+    band, h, metric, inverse = strip.band, strip.curvature, strip.metrics[row], strip.inverses[row]
+    pulses = _pulses(band, row, pull)
+    if pulses is not None:
+        count, sides = ctypes.c_int64(0), native.Sides(metric.data_ptr(), inverse.data_ptr(), pull.shape[1])
+        moving = (pull.data_ptr(), error.data_ptr(), codes.data_ptr())
+        native.call("voroq_descend_pulses", pulses, sides, h.data_ptr(), *moving, ctypes.byref(count), -1)
         return count.value
     moves = 0
     for j in range(pull.shape[1]):
@@ -224,7 +309,7 @@ def _pulses(band: Band, row: int, v: Tensor) -> native.Union | None:
     return native.union(book.dim, book.pulses, book.scales if band.scale is None else book.scales * band.scale[row])
 
 
-def _inverse(metric: Float[Tensor, "v v"]) -> Float[Tensor, "v v"]:
+def _inverse(metric: Float[Tensor, "*rows v v"]) -> Float[Tensor, "*rows v v"]:
     return torch.linalg.inv(metric.double()).to(metric.dtype).contiguous()
 
 

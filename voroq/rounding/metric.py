@@ -30,6 +30,8 @@ class Loss(Protocol):
 
     def descend(self, w: Matrix, bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int) -> Rounded: ...
 
+    def anneal(self, w: Matrix, bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int, rng: torch.Generator) -> Rounded: ...
+
     def gradient(self, error: Matrix) -> Matrix:
         """Half the gradient of the loss at `error`."""
 
@@ -52,6 +54,11 @@ class Metric:
             return descent.descend(w, self.h, bands, codes, sweeps=sweeps)
         return kronecker.descend(w, self.h, self.g, bands, codes, sweeps=sweeps)
 
+    def anneal(self, w: Matrix, bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int, rng: torch.Generator) -> Rounded:
+        if self.g is None:
+            return descent.anneal(w, self.h, bands, codes, sweeps=sweeps, rng=rng)
+        return kronecker.anneal(w, self.h, self.g, bands, codes, sweeps=sweeps, rng=rng)
+
     def gradient(self, error: Matrix) -> Matrix:
         return error @ self.h if self.g is None else self.g @ (error @ self.h)
 
@@ -72,17 +79,24 @@ class Guided:
         return _stacked([feedback.feedback(w[rows], h, bands) for rows, h in self._groups(w.shape[0])])
 
     def descend(self, w: Matrix, bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int) -> Rounded:
-        done = []
-        for rows, h in self._groups(w.shape[0]):
-            own = [part[rows.start // band.tile.rows : -(-rows.stop // band.tile.rows)] for band, part in zip(bands, codes, strict=True)]
-            done.append(descent.descend(w[rows], h, bands, own, sweeps=sweeps))
-        return _stacked(done)
+        parts = self._parts(w.shape[0], bands, codes)
+        return _stacked([descent.descend(w[rows], h, bands, own, sweeps=sweeps) for rows, h, own in parts])
+
+    def anneal(self, w: Matrix, bands: Sequence[Band], codes: Sequence[Tensor], *, sweeps: int, rng: torch.Generator) -> Rounded:
+        parts = self._parts(w.shape[0], bands, codes)
+        return _stacked([descent.anneal(w[rows], h, bands, own, sweeps=sweeps, rng=rng) for rows, h, own in parts])
 
     def gradient(self, error: Matrix) -> Matrix:
         return torch.cat([error[rows] @ h for rows, h in self._groups(error.shape[0])])
 
     def diagonal(self, out: int) -> Matrix:
         return torch.cat([h.diagonal().expand(rows.stop - rows.start, -1) for rows, h in self._groups(out)])
+
+    def _parts(self, out: int, bands: Sequence[Band], codes: Sequence[Tensor]) -> Iterator[tuple[slice, Square, list[Tensor]]]:
+        for rows, h in self._groups(out):
+            yield rows, h, [
+                part[rows.start // band.tile.rows : -(-rows.stop // band.tile.rows)] for band, part in zip(bands, codes, strict=True)
+            ]
 
     def _groups(self, out: int) -> Iterator[tuple[slice, Square]]:
         count, larger = divmod(out, len(self.hs))

@@ -22,7 +22,8 @@ def spd(size: int, seed: int, rank: int | None = None) -> torch.Tensor:
 
 
 def band(columns: int, rows: int, k: int = 4, dtype: torch.dtype = torch.float64, cols: int = 1, start: int = 0) -> Band:
-    return Band(start, start + columns, Tile(rows, cols), Table(torch.randn(k, rows * cols, generator=rng(1), dtype=torch.float64).to(dtype)))
+    words = torch.randn(k, rows * cols, generator=rng(1), dtype=torch.float64).to(dtype)
+    return Band(start, start + columns, Tile(rows, cols), Table(words))
 
 
 def decoded(done, out: int) -> torch.Tensor:

@@ -26,7 +26,6 @@ from voroq.quantized import Band
 from voroq.rounding.feedback import Rounded
 from voroq.shapes import Matrix, Square
 
-
 HEAT = 0.1
 """Temperature at which annealing begins, in units of what a weight's error costs on average: at 0.3 it ends worse than it began, at 0.03
 it finds half as much."""
@@ -104,8 +103,8 @@ def _block(
     h: Float[Tensor, "c c"],
     shaken: Float[Tensor, "c out"] | None,
 ) -> tuple[Float[Tensor, "c out"], Float[Tensor, "c out"]]:
-    """Steps and targets of a block's columns, each tile's knowing the steps of those before it; `codes` move in place. Targets are off by `shaken`,
-    measured in the metric of each tile."""
+    """Steps and targets of a block's columns, each tile's knowing the steps of those before it; `codes` move in place. Targets are off
+    by `shaken`, measured in the metric of each tile."""
     pull, out, width = pull.clone(), made.shape[1], band.tile.cols
     steps, targets = torch.empty_like(made), torch.empty_like(made)
     for i in range(0, made.shape[0], width):

@@ -11,10 +11,10 @@ independent. With inv(G) = V^T V, V upper triangular, and F_r what row block r i
     tr(G E H E^T) = sum_r tr(D_r F_r H F_r^T)          D_r = inv(V_rr^T V_rr)
 
 so the two-sided loop is the one-sided one (`feedback.py`) inside another: bands in order, in each rows of tiles top down, columns along
-each, vectors searched in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric, and `anneal` at falling temperatures.
-Both take tiles one column wide. With G the identity they do what `feedback.feedback` and `descent.descend` do.
+each, vectors searched in the metric D_r, both kinds of error fed forward. `descend` then goes over all tiles again in the exact metric, and
+`anneal` at falling temperatures. All take tiles one column wide. With G the identity they do what `feedback.py` and `descent.py` do.
 
-On a CPU with the library of kernels, tables and pyramids in float32 go there, a row of tiles at a time.
+On a CPU with the library of kernels, tables and pyramids in float32 go there, one or some rows of tiles at a time.
 """
 
 import ctypes

@@ -21,6 +21,7 @@ namespace {
 constexpr int LANES = 16;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+constexpr Ints PLACES{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 #include "sweeps.inc"
 
@@ -29,6 +30,22 @@ INLINE Floats load(const float* from) {
     std::memcpy(&to, from, sizeof to);
     return to;
 }
+
+// Of the lanes of x; halves are compared until four are left.
+template <class Vector, class Half, class Quarter, class Lane>
+INLINE Lane least_lane(Vector x) {
+    Half a, b;
+    std::memcpy(&a, &x, sizeof a), std::memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
+    a = b < a ? b : a;
+    Quarter c, d;
+    std::memcpy(&c, &a, sizeof c), std::memcpy(&d, reinterpret_cast<const char*>(&a) + sizeof c, sizeof d);
+    c = d < c ? d : c;
+    return std::min(std::min(c[0], c[1]), std::min(c[2], c[3]));
+}
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
 
 // A table as the search wants it: for every LANES words c the products M c, by component, and c M c.
 struct Metric {
@@ -55,11 +72,13 @@ struct Metric {
         }
     }
 
-    // c M c - 2 t M c of the words of a block
+    // c M c - 2 t M c of the words of a block; V is v, or 0 for any.
+    template <int V>
     INLINE Floats scores(int64_t block, const float* t) const {
+        const int size = V ? V : v;
         Floats sum = load(&norms[size_t(block * LANES)]);
-        const float* words = &pulled[size_t(block * v * LANES)];
-        for (int a = 0; a < v; ++a) sum += (-2 * t[a]) * load(words + a * LANES);
+        const float* words = &pulled[size_t(block * size * LANES)];
+        for (int a = 0; a < size; ++a) sum += (-2 * t[a]) * load(words + a * LANES);
         return sum;
     }
 };
@@ -70,22 +89,30 @@ struct Best {
 };
 
 // The word with the least score; of equals, the first.
-INLINE Best nearest(const Metric& words, const float* t) {
+template <int V>
+INLINE Best nearest_of(const Metric& words, const float* t) {
     Floats least = Floats{} + std::numeric_limits<float>::infinity();
     Ints where{}, here{};
     const int64_t blocks = int64_t(words.norms.size()) / LANES;
     for (int64_t block = 0; block < blocks; ++block, here += 1) {
-        const Floats s = words.scores(block, t);
+        const Floats s = words.scores<V>(block, t);
         const Ints less = s < least;
         least = less ? s : least;
         where = less ? here : where;
     }
-    Best best{std::numeric_limits<float>::infinity(), 0};
-    for (int l = 0; l < LANES; ++l) {
-        const int64_t word = int64_t(where[l]) * LANES + l;
-        if (least[l] < best.score || (least[l] == best.score && word < best.word)) best = {least[l], word};
+    const float score = least_lane<Floats, Floats8, Floats4, float>(least);
+    const Ints own = where * LANES + PLACES, none = Ints{} + std::numeric_limits<int32_t>::max();
+    const int64_t word = least_lane<Ints, Ints8, Ints4, int32_t>(least == score ? own : none);
+    return {score, word < words.k ? word : 0};
+}
+
+INLINE Best nearest(const Metric& words, const float* t) {
+    switch (words.v) {
+        case 2: return nearest_of<2>(words, t);
+        case 3: return nearest_of<3>(words, t);
+        case 4: return nearest_of<4>(words, t);
+        default: return nearest_of<0>(words, t);
     }
-    return best;
 }
 
 struct Words {
@@ -117,7 +144,7 @@ INLINE void Words::search(const float* t, int64_t* codes) {
     if (beam == 1) few.push_back(nearest(main, t));
     else {
         for (int64_t block = 0; block * LANES < main.k; ++block) {
-            const Floats s = main.scores(block, t);
+            const Floats s = main.scores<0>(block, t);
             for (int l = 0; l < LANES && block * LANES + l < main.k; ++l) {
                 if (int(few.size()) == beam && !(s[l] < few.back().score)) continue;
                 if (int(few.size()) == beam) few.pop_back();

@@ -33,13 +33,13 @@ def measure(
     plan: Plan | Budget,
     effort: Effort,
     *,
-    samples: int,
+    samples: int | None,
     windows: int,
     calibration: str | Sequence[str] = "calibration-c4",
     **options: Any,
 ) -> dict[str, Any]:
-    """The row of `plan` at `effort`, calibrated on `samples` windows; seconds are those of all that makes the model. Bits are per weight
-    of the model as it was."""
+    """The row of `plan` at `effort`, calibrated on `samples` windows, if None as many as the effort has; seconds are those of all that
+    makes the model. Bits are per weight of the model as it was."""
     with tempfile.TemporaryDirectory() as folder:
         out, began = str(Path(folder) / "model"), time.perf_counter()
         report = quantize_with(effort, DEMO_MODEL, out, plan, calibration=calibration, context=256, samples=samples, **options)

@@ -22,7 +22,7 @@ from voroq.evaluation.generation import can_begin, documents, write_documents
 from voroq.evaluation.models import max_positions, open_model
 from voroq.front import quantize_model
 from voroq.methods import Method
-from voroq.pipeline.calibration import Texts, listed
+from voroq.pipeline.calibration import DEFAULT_SAMPLES, Texts, listed
 from voroq.pipeline.effort import Effort
 from voroq.pipeline.output import JOURNAL, check_claim
 from voroq.pipeline.plan import Budget, Plan
@@ -62,9 +62,10 @@ def quantize_with(
 ) -> dict[str, Any]:
     """Quantize the model `source` into the new folder `out` as `effort` does, and return the report; see `quantize_model`.
 
-    `own_text` documents are written to calibrate on beside the text, and `channels` are left in every MLP, 0 for all; where they are None,
-    as the effort has it. The bits of a budget are then per weight of `source` as it was. `allocate` spends them by what every linear is
-    worth, if None where the effort does. `teacher` is what to tune towards, where that is not `source`. `options` go to the run.
+    `own_text` documents are written to calibrate on beside the text, `channels` are left in every MLP, 0 for all, and moments are of
+    `samples` windows of `context` tokens; where they are None, as the effort has it. The bits of a budget are then per weight of `source`
+    as it was. `allocate` spends them by what every linear is worth, if None where the effort does. `teacher` is what to tune towards,
+    where that is not `source`. `options` go to the run.
 
     Raises VoroqError, for what can be refused before anything is done.
     """
@@ -80,6 +81,8 @@ def quantize_with(
         check_teacher_of(source, teacher, effort.tuning, **place)
     share = _share_left(source, channels, effort, teacher, place) if channels else 1.0
     begun = Beginning(source, Path(out) / JOURNAL, seed, place, progress)
+    if samples is None and effort.tokens and context:
+        samples = max(DEFAULT_SAMPLES, effort.tokens // context)
     written = effort.own_text if own_text is None else own_text
     if written:
         calibration = [*listed(calibration), begun.own_text(written)]

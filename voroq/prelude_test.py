@@ -74,6 +74,15 @@ def test_what_is_shared_reaches_plan_and_run(recorded, tmp_path):
     assert recorded.planned == (("in", BUDGET), {**text, **place, "narrower": False, "progress": progress})
 
 
+def test_short_windows_are_more_where_the_effort_asks_for_tokens(recorded, tmp_path):
+    def samples(effort: str, context: int | None, given: int | None = None) -> object:
+        quantize_with(EFFORTS[effort], "in", tmp_path / "out", BUDGET, context=context, samples=given, own_text=0)
+        return recorded.run[1]["samples"]
+
+    assert [samples("best", context) for context in (256, 1024, 2048, None)] == [2048, 512, 512, None]
+    assert samples("best", 256, 100) == 100 and samples("balanced", 256) is None
+
+
 def test_text_of_its_own_stands_beside_the_text(recorded, tmp_path):
     def calibration(effort: str, **options: object) -> object:
         quantize_with(EFFORTS[effort], "in", tmp_path / "out", BUDGET, **options)

@@ -3,7 +3,8 @@
     fast       for tables and pyramids bits allocated by what every linear is worth, else the method alone; memory of one block
     balanced   the same with text by the model itself beside the calibration text and, for VPTQ, without the channels of MLPs that do not
                pay; then the whole model tuned towards the original's logits
-    best       with more such text, more search in every table, and a tuning as long as it pays
+    best       with more such text, more windows where they are short, more search in every table and, by annealing, among the codes, and
+               a tuning as long as it pays
 
 The last two hold the original and the quantized model in memory at once, in float32.
 """
@@ -22,6 +23,8 @@ class Effort:
     by sensitivity."""
 
     tuning: Tuning | None = None
+    tokens: int = 0
+    """calibration tokens that moments are of at least: more windows where a run is asked for short ones"""
     own_text: int = 0
     """documents that the model writes itself, to calibrate on beside the text"""
     narrower: bool = False
@@ -55,5 +58,12 @@ _BEST = replace(_BALANCED, steps=2000, samples=8192, rate=0.004, move_rate=0.003
 EFFORTS = {
     "fast": Effort(allocate=frozenset({"vptq", "pvq"})),
     "balanced": Effort(_BALANCED, own_text=512, narrower=True, allocate=EVERY),
-    "best": Effort(_BEST, own_text=4096, narrower=True, options={"vptq": {"rounds": "4", "restarts": "3"}}, allocate=EVERY),
+    "best": Effort(
+        _BEST,
+        tokens=1 << 19,
+        own_text=4096,
+        narrower=True,
+        options={"vptq": {"rounds": "4", "restarts": "3", "anneal": "400"}},
+        allocate=EVERY,
+    ),
 }

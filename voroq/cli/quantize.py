@@ -79,8 +79,9 @@ EffortKind = Annotated[
     EffortName | None,
     typer.Option(
         help="fast: nothing is tuned, one block in memory. balanced: text of its own beside the calibration text, for vptq fewer channels "
-        "where that pays, then the whole model tuned towards the original's logits (both in memory). best: more text of its own, a longer "
-        "search and a longer tuning. Default: balanced for vptq, fast for other methods and with --tune-blocks.",
+        "where that pays, then the whole model tuned towards the original's logits (both in memory). best: more text of its own, more "
+        "windows where they are short, a longer search and a longer tuning. Default: balanced for vptq, fast for other methods and with "
+        "--tune-blocks.",
         show_default=False,
     ),
 ]

@@ -105,7 +105,7 @@ def _swept(
     out = w.shape[0]
     room = max(-(-out // band.tile.rows) * band.tile.rows for band in bands)
     error, weights = _padded(w, g, room)
-    codes = [part.clone() for part in codes]
+    codes = [part.clone(memory_format=torch.contiguous_format) for part in codes]  # as the library walks them
     for band, part in zip(bands, codes, strict=True):
         tall = part.shape[0] * band.tile.rows
         error[:tall, band.start : band.stop] -= band.decode(part, tall)

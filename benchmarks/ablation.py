@@ -46,6 +46,7 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "| balanced, asymmetric", FULL, whole, {**INTERLEAVED, "mode": "asymmetric"}
     yield "| bits allocated, channels interleaved (fast)", ALIKE, EFFORTS["fast"], INTERLEAVED
     yield "| the same with cheap columns thinned (fast)", FULL, EFFORTS["fast"], INTERLEAVED
+    yield "| the same, codes annealed in 100 sweeps (fast)", {**FULL, "anneal": "100"}, EFFORTS["fast"], INTERLEAVED
     yield "| two rounds, guided row groups instead of two-sided", FULL, Effort(), {**ONE, "hessian": "guided"}
     yield "| two rounds, sequential", FULL, Effort(), {**TWO, "mode": "sequential"}
     yield "| two rounds, asymmetric", FULL, Effort(), {**TWO, "mode": "asymmetric"}
@@ -53,6 +54,7 @@ def settings() -> Iterator[tuple[str, dict[str, str], Effort, dict[str, Any]]]:
     yield "| two rounds, two tables a matrix", {**FULL, "groups": "2"}, Effort(), TWO
     yield "| two rounds, columns normalised", {**FULL, "normalize": "std"}, Effort(), TWO
     yield "| two rounds, best of four seedings", {**FULL, "restarts": "3"}, Effort(), TWO
+    yield "| two rounds, codes annealed in 100 sweeps", {**FULL, "anneal": "100"}, Effort(), TWO
     yield "| two rounds, columns in their own order", {**FULL, "permute": "false"}, Effort(), TWO
 
 
